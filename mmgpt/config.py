@@ -1,0 +1,293 @@
+"""What a run is: typed settings, each with its default here and nowhere else.
+
+`python -m mmgpt.train --config FILE --data.max_length 512 ...` fills a `RunConfig`; `--print_config` shows it with
+these comments. The same dataclasses are stored in a run's `config.yaml` and in an exported model's `config.json`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Stage = Literal["align", "instruct"]
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): W + alpha / rank * B A, with W frozen.
+
+    Args:
+        rank: Rank of the update; 0 trains the whole weight (or nothing, where the part's learning rate is 0).
+        alpha: Scale of the update, divided by `rank`.
+        dropout: Dropout in front of A.
+        targets: Names of the linear layers that get an adapter; `all-linear` is every one of them.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | list[str] = "all-linear"
+
+
+@dataclass
+class VisionConfig:
+    """The image encoder.
+
+    Args:
+        name: A named part (`python -m mmgpt.artifacts` lists them), `timm:NAME`, `open_clip:NAME/WEIGHTS`, or a directory.
+        layer: Which block's output becomes the patch features: -2 is the last but one, as in LLaVA.
+        image_size: Side of the square the image is brought to, a multiple of the patch; null is the encoder's own.
+            Position embeddings are interpolated, so that a smaller square trades detail for speed.
+        resize: `crop` the centre as CLIP does, `squash` to a square (everything stays visible), or `pad` the short side.
+        options: Architecture arguments for `timm.create_model`, for an encoder from scratch (`timm:NAME` with `pretrained: false`).
+        lora: Adapters in the encoder; they train at `optimizer.lr.vision`.
+    """
+
+    name: str = "clip-vit-b16"
+    layer: int = -2
+    image_size: int | None = None
+    resize: Literal["crop", "squash", "pad"] = "crop"
+    options: dict[str, Any] = field(default_factory=dict)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class ProjectorConfig:
+    """From patch features to rows of the language model's input.
+
+    Args:
+        kind: `linear`; `mlp2x_gelu` (LLaVA-1.5); `pixel_shuffle` (factor x factor patches become one token, then two layers);
+            `resampler` (learned queries attend to the patches: a fixed number of tokens).
+        factor: Side of the block of patches that `pixel_shuffle` joins; must divide the patch grid.
+        queries: Tokens an image that `resampler` makes.
+        heads: Attention heads of `resampler`.
+        width: Hidden width of the two layers; null is the language model's width.
+    """
+
+    kind: Literal["linear", "mlp2x_gelu", "pixel_shuffle", "resampler"] = "pixel_shuffle"
+    factor: int = 2
+    queries: int = 64
+    heads: int = 8
+    width: int | None = None
+
+
+@dataclass
+class LanguageConfig:
+    """The decoder-only language model.
+
+    Args:
+        name: A named part, a hub id, or a directory with config.json, model.safetensors and tokenizer.json.
+        architecture: Arguments of a transformers configuration (with `model_type`) for a GPT from scratch; replaces `name`.
+        tokenizer: Where the tokenizer comes from if not from `name`; `bytes` is one token a byte, nothing to download.
+        lora: Adapters in the language model; they train at `optimizer.lr.language`.
+    """
+
+    name: str = "smollm2-135m-instruct"
+    architecture: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class ModelConfig:
+    """The whole model: encoder, projector, language model, chat template.
+
+    Args:
+        vision: The image encoder; null is a model of text alone.
+        projector: Joins the two.
+        language: The language model.
+        template: Chat template by name: `chatml`, `vicuna` or `plain`.
+        init_from: An exported model or a run folder to start from (stage 2 starts from stage 1); its parts replace the above.
+    """
+
+    vision: VisionConfig | None = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    template: str = "chatml"
+    init_from: str | None = None
+
+
+@dataclass
+class SourceConfig:
+    """One data source.
+
+    Args:
+        path: A file, a folder, `NAME` of a named data set, or an id that `datasets.load_dataset` takes.
+        format: How to read it; `auto` looks at the path.
+        split: Rows whose `split` column has this value, or the split of a named or hub data set; null takes all.
+        question: What the user asks where the source has only captions or class names; one is drawn a sample.
+        answer: Turns a caption or class name into the answer; `{}` stands for it.
+        caption: Which caption of several becomes the answer: `first`, or `all` (one sample each).
+        image_root: Folder that relative image paths start from; null is the folder of the file.
+        image_column: Column with the image, where the source has columns.
+        text_column: Column with the caption, class name or messages; null tries the usual names.
+        limit: At most this many samples.
+        repeat: How often the source is seen in one epoch (a mixture weight).
+    """
+
+    path: str = "fruit"
+    format: Literal["auto", "messages", "llava", "folder", "parquet", "webdataset", "datasets"] = "auto"
+    split: str | None = None
+    question: str | list[str] = "Describe this image."
+    answer: str = "{}"
+    caption: Literal["first", "all"] = "first"
+    image_root: str | None = None
+    image_column: str = "image"
+    text_column: str | None = None
+    limit: int | None = None
+    repeat: int = 1
+
+
+@dataclass
+class DataConfig:
+    """Sources, and how samples become batches.
+
+    Args:
+        train: Sources to train on.
+        validation: Sources to validate on; empty sets `holdout` of the training samples aside.
+        holdout: Share of the training samples for validation where no validation source is named.
+        batching: `packed` fills rows of `max_length` tokens with whole samples, attention blocked between them;
+            `grouped` puts samples of like length into one padded batch.
+        max_length: Longest sample in tokens, images included; a longer one is a bad sample (never cut inside an image).
+        batch_size: Samples in one forward (`grouped`), or as many as make `row_length` rows (`packed`, see there).
+        row_length: Tokens of a packed row, at least `max_length`; null is `max_length`.
+        feature_cache: Keep the features of a frozen encoder on disk.
+        feature_cache_gb: Most the cache may take; the oldest features go first.
+        max_bad: Share of bad samples that stops the run.
+        stream: Read sources as they come, without counting or shuffling beyond a buffer (WebDataset, sources too large to index).
+        workers: Loader processes; 0 loads in the training process, and is what exact resume is proven with.
+    """
+
+    train: list[SourceConfig] = field(default_factory=list)
+    validation: list[SourceConfig] = field(default_factory=list)
+    holdout: float = 0.05
+    batching: Literal["packed", "grouped"] = "packed"
+    max_length: int = 1024
+    batch_size: int = 16
+    row_length: int | None = None
+    feature_cache: bool = True
+    feature_cache_gb: float = 8.0
+    max_bad: float = 0.01
+    stream: bool = False
+    workers: int = 0
+
+
+@dataclass
+class PartRates:
+    """Peak learning rate of each part; 0 freezes it."""
+
+    projector: float = 1e-3
+    language: float = 0.0
+    vision: float = 0.0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay.
+
+    Args:
+        lr: Peak learning rate of each part; 0 freezes it.
+        betas: Decay of the two moments.
+        eps: Added to the denominator.
+        weight_decay: On matrices only, never on norms, biases or embeddings.
+        warmup: Share of the steps that the learning rate rises over.
+        final_lr: Where the cosine ends, as a share of the peak.
+        clip: Gradient norm that larger gradients are scaled down to; 0 is off.
+    """
+
+    lr: PartRates = field(default_factory=PartRates)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: float = 0.03
+    final_lr: float = 0.1
+    clip: float = 1.0
+
+
+@dataclass
+class TrainerConfig:
+    """What Lightning's Trainer is told.
+
+    Args:
+        epochs: Passes over the training samples.
+        max_steps: Stops after this many optimizer steps; null follows `epochs`.
+        accumulate: Forwards that are summed into one optimizer step.
+        precision: `auto` is bf16 where the machine has it in hardware, else fp32.
+        accelerator: `auto`, `cpu`, `gpu`, ...
+        devices: How many, or `auto`.
+        strategy: `auto`, `ddp`, `fsdp`, ...
+        validate_every: Epochs between validations; 0 validates only at the end.
+        checkpoint_every: Optimizer steps between checkpoints; null is once an epoch.
+        logger: `csv` always writes metrics.csv; `tensorboard` and `wandb` add theirs.
+        seed: Seeds weights, order, sampling.
+        threads: CPU threads; null is the number of physical cores.
+        compile: `torch.compile` of each decoder block: pays off after some hundred steps, needs a C++ compiler on a CPU.
+        progress: Show the progress bar.
+    """
+
+    epochs: int = 1
+    max_steps: int | None = None
+    accumulate: int = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    strategy: str = "auto"
+    validate_every: int = 1
+    checkpoint_every: int | None = None
+    logger: Literal["csv", "tensorboard", "wandb"] = "csv"
+    seed: int = 0
+    threads: int | None = None
+    compile: bool = False
+    progress: bool = True
+
+
+@dataclass
+class EvaluateConfig:
+    """What is measured on the validation samples.
+
+    Args:
+        generate: Validation samples that are answered at each validation; their text is printed and kept in samples.md.
+        final: Samples answered after training for the exact-match accuracy; null is all of them, 0 none.
+        max_new_tokens: Length limit of an answer.
+        source: What the final accuracy is measured on; null is the validation sources.
+        examples: Pictures written to `examples/` beside samples.md.
+        batch_size: Answers generated side by side.
+    """
+
+    generate: int = 4
+    final: int | None = 256
+    max_new_tokens: int = 48
+    source: SourceConfig | None = None
+    examples: int = 8
+    batch_size: int = 16
+
+
+@dataclass
+class RunConfig:
+    """One run of `python -m mmgpt.train`.
+
+    Args:
+        stage: The objective: `align` trains the projector alone, `instruct` whatever has a learning rate.
+        run_dir: Where everything goes; must not hold another run unless `resume` is set.
+        model: The model.
+        data: The data.
+        optimizer: The optimizer.
+        trainer: The loop.
+        evaluate: What is measured.
+        export: `trained` stores what the run changed and names the rest; `all` stores every weight in one file.
+        overwrite: Replace a finished run in `run_dir`.
+        resume: Continue the run in `run_dir` from its last checkpoint.
+        show_batch: Print one batch, supervised tokens coloured, and stop.
+    """
+
+    stage: Stage = "instruct"
+    run_dir: str = "runs/run"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: Literal["trained", "all"] = "trained"
+    overwrite: bool = False
+    resume: bool = False
+    show_batch: bool = False
