@@ -1,0 +1,217 @@
+"""From sources to batches: read, encode, plan, collate; an epoch can be taken up again at any batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmgpt.config import DataConfig, SourceConfig
+from mmgpt.data.features import ImageSource, Prepared, merge_prepared
+from mmgpt.data.messages import Message, MessageError, Rejected, Sample, normalize
+from mmgpt.data.packing import Batch, collate, plan_epoch
+from mmgpt.data.rejections import RejectionReport
+from mmgpt.data.sources import read_source
+from mmgpt.data.template import Encoded
+from mmgpt.errors import UserError
+
+Encode = Callable[[Sequence[Message]], Encoded]
+
+
+@dataclass
+class Item:
+    """A sample ready for batches, with the conversation it was made of."""
+
+    sample: Sample
+    encoded: Encoded
+
+
+def load_items(
+    sources: Sequence[SourceConfig], encode: Encode, *, max_length: int, report: RejectionReport, seed: int
+) -> tuple[list[Item], int]:
+    """Read and encode sources whole.
+
+    Returns:
+        The usable samples and how many there were in all; the others are in `report`.
+    """
+    items: list[Item] = []
+    total = 0
+    for source in sources:
+        for found in read_source(source, seed=seed):
+            total += 1
+            item = found if isinstance(found, Rejected) else make_item(found, encode, max_length)
+            if isinstance(item, Rejected):
+                report.add(item)
+            else:
+                items.append(item)
+    return items, total
+
+
+def make_item(sample: Sample, encode: Encode, max_length: int) -> Item | Rejected:
+    """Encode one sample, or say why it cannot be learnt from."""
+    try:
+        encoded = encode(normalize(sample.messages, supervised=True))
+    except MessageError as error:
+        return Rejected(error.reason, sample.where, str(error))
+    if len(encoded) > max_length:
+        return Rejected("too_long", sample.where, f"{len(encoded)} tokens, data.max_length is {max_length}")
+    return Item(sample, encoded)
+
+
+def split_holdout(items: list[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """Set a share of the samples aside for validation; samples with the same image or conversation start stay together."""
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        first = item.sample.images[0] if item.sample.images else item.sample.where
+        groups.setdefault(str(getattr(first, "name", first))[:512], []).append(item)
+    names = sorted(groups)
+    random.Random(seed).shuffle(names)
+    count = min(len(names) - 1, max(1, round(share * len(names)))) if share > 0 and len(names) > 1 else 0
+    held = [item for name in names[:count] for item in groups[name]]
+    return [item for name in names[count:] for item in groups[name]], held
+
+
+class BatchLoader:
+    """Batches of one epoch after another, in an order that is a function of seed and epoch alone.
+
+    Its state is two numbers (epoch, batches already given out), so a resumed run sees just the batches that were left.
+
+    Args:
+        items: The samples.
+        config: Batching, sizes, workers.
+        pad_id: Filler token.
+        images: Opens images, looks features up.
+        report: Where samples whose image turns out to be broken are counted.
+        seed: Seeds the order.
+        shuffle: False keeps one fixed order (validation).
+        accumulate: Batches of one optimizer step: their losses share one divisor.
+        rank, world: This process and how many there are; each takes its share of every step.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        config: DataConfig,
+        *,
+        pad_id: int,
+        images: ImageSource | None,
+        report: RejectionReport,
+        seed: int,
+        shuffle: bool = True,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.items = items
+        self.config = config
+        self.pad_id = pad_id
+        self.images = images
+        self.report = report
+        self.seed = seed
+        self.shuffle = shuffle
+        self.accumulate = accumulate
+        self.rank, self.world = rank, world
+        self.epoch = 0
+        self.position = 0
+        self.lengths = [len(item.encoded) for item in items]
+        self.supervised = [sum(item.encoded.supervised[1:]) for item in items]
+        self._plans: dict[int, list[list[list[int]]]] = {}
+
+    def _plan(self, epoch: int) -> list[list[list[int]]]:
+        """All ranks' batches of an epoch; a remainder that would leave ranks without work is dropped in training."""
+        if epoch not in self._plans:
+            batches = plan_epoch(
+                self.lengths,
+                batching=self.config.batching,
+                batch_size=self.config.batch_size,
+                row_length=self.config.row_length or self.config.max_length,
+                seed=self.seed,
+                epoch=epoch if self.shuffle else 0,
+            )
+            if self.shuffle and self.world > 1:
+                batches = batches[: len(batches) // self.world * self.world]
+            self._plans = {epoch: batches}
+        return self._plans[epoch]
+
+    def __len__(self) -> int:
+        """Batches of one epoch on this rank."""
+        return len(self._plan(self.epoch)[self.rank :: self.world])
+
+    def __iter__(self) -> Iterator[Batch]:
+        from torch.utils.data import DataLoader
+
+        if self.position >= len(self):
+            # The last epoch was given out whole, but nobody asked for a batch behind its end.
+            self.epoch, self.position = self.epoch + 1, 0
+        plan, epoch = self._plan(self.epoch), self.epoch
+        jobs = [(epoch, number) for number in range(self.rank, len(plan), self.world)][self.position :]
+        workers = self.config.workers
+        loader: Any = DataLoader(
+            _Jobs(self, jobs), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+        )
+        for batch, rejected in loader:
+            for sample in rejected:
+                self.report.add(sample)
+            if rejected:
+                self.report.check(len(self.items), self.config.max_bad)
+            self.position += 1
+            if batch is not None:
+                yield batch
+
+    def build(self, epoch: int, number: int) -> tuple[Batch | None, list[Rejected]]:
+        """Batch `number` of an epoch, and the samples that had to be left out of it."""
+        plan = self._plan(epoch)
+        rng = random.Random(f"{self.seed}/{epoch}/{number}")
+        rows, prepared, rejected = [], [], []
+        for row in plan[number]:
+            kept = []
+            for index in row:
+                item = self.items[index]
+                try:
+                    prepared.append(self._prepare(item, rng))
+                except UserError as error:
+                    reason = getattr(error, "reason", "broken_image")
+                    rejected.append(Rejected(reason, item.sample.where, str(error)))
+                    continue
+                kept.append((item.encoded, item.sample.where))
+            if kept:
+                rows.append(kept)
+        if not rows:
+            return None, rejected
+        group = self.accumulate * self.world
+        step = plan[number // group * group : (number // group + 1) * group]
+        batch = collate(
+            [[encoded for encoded, _ in row] for row in rows],
+            self.pad_id,
+            where=[where for row in rows for _, where in row],
+            target_count=sum(self.supervised[index] for rows_ in step for row in rows_ for index in row),
+        )
+        if batch.supervised == 0:
+            raise UserError(f"no supervised token in a batch ({', '.join(batch.where[:3])}): nothing can be learnt from it")
+        batch.images = merge_prepared(prepared)
+        return batch, rejected
+
+    def _prepare(self, item: Item, rng: random.Random) -> Prepared:
+        if not item.encoded.images or self.images is None:
+            return Prepared([], {}, {})
+        return self.images.prepare(item.encoded.images, rng)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+class _Jobs:
+    """The batches still to build, as a map-style data set."""
+
+    def __init__(self, loader: BatchLoader, jobs: list[tuple[int, int]]):
+        self.loader, self.jobs = loader, jobs
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, index: int) -> tuple[Batch | None, list[Rejected]]:
+        return self.loader.build(*self.jobs[index])

@@ -1,0 +1,143 @@
+"""What a run leaves for a person to look at: plots, answers beside their pictures, a coloured batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmgpt.config import RunConfig
+from mmgpt.data.images import open_image
+from mmgpt.data.messages import Message, images_of, text_of
+from mmgpt.evaluate.captioning import Answered, Score, prompt_of
+from mmgpt.loop.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from mmgpt.data.loader import BatchLoader, Item
+    from mmgpt.model.multimodal import MultimodalGPT
+
+
+def write_report(
+    folder: Path, samples: Sequence[Answered | Item], config: RunConfig, *, score: Score | None, seconds: float
+) -> list[Path]:
+    """Write loss.png, accuracy.png, samples.md and examples/.
+
+    Returns:
+        The example pictures.
+    """
+    plot_metrics(folder)
+    answered = [sample for sample in samples if isinstance(sample, Answered)]
+    pictures: list[Path] = []
+    lines = [f"# {folder.name}", ""]
+    if score is not None:
+        low, high = score.interval()
+        lines += [
+            f"{score.correct} of {score.total} held-out answers are exact: **{score.share:.1%}** "
+            f"(95 % interval {low:.1%} to {high:.1%}).",
+            "",
+        ]
+    lines += [f"Training took {seconds:.0f} s.", "", "![loss](loss.png)", ""]
+    for sample in _spread(answered, config.evaluate.examples):
+        prompt, _ = prompt_of(sample.messages)
+        shown = _save_pictures(folder, sample.messages, len(pictures))
+        pictures += shown
+        lines += [f"![]({path.relative_to(folder)})" for path in shown]
+        lines += ["", f"**{_question(prompt)}**", "", f"> {sample.answer or '(no answer)'}", ""]
+        lines += [f"{'Exact' if sample.exact else 'Reference'}: {sample.reference}", ""]
+    fresh = folder / ".samples.md"
+    fresh.write_text("\n".join(lines), encoding="utf-8")
+    os.replace(fresh, folder / "samples.md")
+    return pictures
+
+
+def _spread(samples: Sequence[Answered], count: int) -> list[Answered]:
+    """Samples from all over the list, right and wrong ones as they come."""
+    count = min(count, len(samples))
+    return [samples[(2 * i + 1) * len(samples) // (2 * count)] for i in range(count)]
+
+
+def _question(prompt: Sequence[Message]) -> str:
+    return next((text_of(message) for message in reversed(prompt) if message["role"] == "user"), "")
+
+
+def _save_pictures(folder: Path, messages: Sequence[Message], before: int) -> list[Path]:
+    paths = []
+    for image in images_of(messages):
+        path = folder / "examples" / f"{before + len(paths) + 1}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        picture = open_image(image)
+        picture.thumbnail((512, 512))
+        picture.save(path, quality=90)
+        paths.append(path)
+    return paths
+
+
+def plot_metrics(folder: Path) -> None:
+    """loss.png (training and validation) and accuracy.png (of the supervised tokens)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series = read_metrics(folder / "metrics.csv")
+    plots = {
+        "loss.png": ("loss per supervised token", {"training": "train/loss", "validation": "val/loss"}),
+        "accuracy.png": ("accuracy per supervised token", {"training": "train/accuracy", "validation": "val/token_accuracy"}),
+    }
+    for name, (title, curves) in plots.items():
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for label, key in curves.items():
+            points = series.get(key, [])
+            if not points:
+                continue
+            steps, values = zip(*points)
+            if label == "training":
+                axes.plot(steps, values, alpha=0.25, color="tab:blue")
+                axes.plot(steps, _smooth(values), color="tab:blue", label="training (smoothed)")
+            else:
+                axes.plot(steps, values, "o-", color="tab:orange", label=label)
+        axes.set(xlabel="step", ylabel=title)
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend()
+        figure.savefig(folder / name, dpi=120)
+        pyplot.close(figure)
+
+
+def _smooth(values: Sequence[float], window: int = 20) -> list[float]:
+    """Mean over the last `window` values."""
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def show_batch(model: MultimodalGPT, loader: BatchLoader) -> None:
+    """Print the first batch: supervised tokens green, images in brackets, one sample a paragraph."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    batch = next(iter(loader))
+    console.print(
+        f"{batch.samples} samples in {batch.input_ids.shape[0]} rows of {batch.input_ids.shape[1]} tokens, "
+        f"{batch.tokens / batch.input_ids.numel():.0%} filled, {batch.supervised / batch.tokens:.1%} supervised (green)"
+    )
+    tokenizer: Any = model.tokenizer
+    sample = 0
+    for row in range(batch.input_ids.shape[0]):
+        for segment in range(1, int(batch.segment_ids[row].max()) + 1):
+            places = (batch.segment_ids[row] == segment).nonzero().flatten().tolist()
+            text = Text(f"{batch.where[sample]}: ", style="dim")
+            sample += 1
+            images = 0
+            for place in places:
+                token = int(batch.input_ids[row, place])
+                learnt = place > places[0] and int(batch.targets[row, place - 1]) >= 0
+                if token == tokenizer.image_id:
+                    images += 1
+                    continue
+                if images:
+                    text.append(f"[{images} image tokens]", style="cyan")
+                    images = 0
+                piece = tokenizer.backend.decode([token], skip_special_tokens=False)
+                text.append(piece, style="bold green" if learnt else "default")
+            console.print(text)

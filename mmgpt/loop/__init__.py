@@ -1,0 +1,1 @@
+"""What stands around Lightning's loop: checkpoints, metrics, progress."""

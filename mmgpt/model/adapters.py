@@ -1,0 +1,47 @@
+"""Low-rank adapters (Hu et al. 2021) in any part of the model, through peft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mmgpt.config import LoraConfig
+from mmgpt.errors import UsageError
+
+
+def add_lora(module: nn.Module, config: LoraConfig) -> None:
+    """Put adapters into a module in place; B starts at 0, so its output does not change (section 4.1).
+
+    `all-linear` takes every linear layer but the output embedding.
+
+    Raises:
+        UsageError: none of the named layers exists.
+    """
+    from peft import LoraConfig as PeftLora
+    from peft import inject_adapter_in_model
+
+    linear = sorted({name for name, layer in module.named_modules() if _is_linear(layer) and "lm_head" not in name})
+    targets = config.targets
+    chosen = linear if targets == "all-linear" else [n for n in linear if n.split(".")[-1] in targets]
+    if not chosen:
+        names = sorted({name.split(".")[-1] for name in linear})
+        raise UsageError(f"no layer is called {targets}; LoRA targets can be {', '.join(names)}, or all-linear")
+    settings = PeftLora(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=chosen)
+    inject_adapter_in_model(settings, module)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+
+
+def merge_lora(module: nn.Module) -> None:
+    """Add every adapter to the weight it adapts and remove it, in place: W + alpha / rank * B A."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, LoraLayer):
+            adapted: Any = layer
+            adapted.merge(safe_merge=True)
+            parent_name, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent_name), child, adapted.get_base_layer())

@@ -1,0 +1,410 @@
+"""Next-token logits with a KV cache: a lean decoder for the Llama family, transformers itself for the rest.
+
+`Decoder.from_language` reads the weights of a transformers causal LM. For Llama, Mistral and Qwen2 the step is rebuilt
+from few operations (one matrix for query, key and value, one for gate and up, one preallocated cache, rotary tables
+computed once), in one of several weight formats. Every other architecture runs through its own forward and cache
+behind the same two calls, `prefill` and `step`.
+
+Letters in shapes: B rows, L positions, H hidden width, V vocabulary, K key/value heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, Module
+from torch.nn import functional as F
+
+from mmgpt.errors import UsageError
+
+Weights = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+Multiply = Callable[[Tensor], Tensor]  # x [N, in] -> [N, out]
+
+GROWTH = 256  # positions the cache grows by
+SLACK_ROWS = 0.75  # finished rows are dropped once at most this share is left: copying the cache costs about one step
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; without it a bf16 product is far slower than a fp32 one."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return True
+    abilities = torch.cpu.get_capabilities()
+    return any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+class Decoder(ABC):
+    """Prompt embeddings in, next-token logits out. Holds weights only; what is being generated lives in its cache."""
+
+    @classmethod
+    def from_language(cls, language: Module, weights: Weights = "auto", *, release: bool = False) -> Decoder:
+        """A decoder of a transformers causal LM.
+
+        `auto` keeps the model's own numbers, so that the text is that of the model: fp32 stays fp32, bf16 stays bf16
+        where the machine multiplies it in hardware and is widened to fp32 where not. `fp16` stores half-precision weights
+        and computes in fp32 (CPUs with fbgemm): half the memory traffic of fp32, nearly the same logits. `int8` has one
+        scale for each output channel and one for each input row, so that a row never depends on its neighbours.
+
+        With `auto` and the model's own type nothing is copied twice: the fused matrices replace the storage of the
+        model's parameters, which become views of them; later changes to the parameters are seen by the decoder.
+
+        Args:
+            language: `LlamaForCausalLM`, `GPT2LMHeadModel`, ...
+            weights: Number format of the matrices.
+            release: Drop the matrices of `language` that the decoder keeps in another format. The module can then
+                neither run, train nor be saved; only its embedding stays.
+
+        Raises:
+            UsageError: the format is unknown, or not possible for this model or on this machine.
+        """
+        if weights not in get_args(Weights):
+            raise UsageError(f"weights {weights!r} is not one of {', '.join(get_args(Weights))}")
+        first = next(language.parameters())
+        own = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(first.dtype, str(first.dtype))
+        if weights == "auto":
+            weights = "bf16" if own == "bf16" and has_bf16(first.device) else "fp32"
+        if weights == "bf16" and not has_bf16(first.device):
+            raise UsageError("this machine has no bf16 instructions; use weights fp32, fp16 or int8")
+        if weights in ("fp16", "int8") and first.device.type != "cpu":
+            raise UsageError(f"weights {weights} are for CPUs; on {first.device.type} use fp32 or bf16")
+        obstacle = _obstacle(language)
+        if obstacle is None:
+            return LlamaDecoder(language, weights, release=release)
+        if weights != own:
+            raise UsageError(f"weights {weights} need a Llama-like model ({obstacle}); use auto")
+        return TransformersDecoder(language)
+
+    @abstractmethod
+    def prefill(self, embeds: Tensor, lengths: Tensor, reserve: int = GROWTH) -> tuple[Tensor, Any]:
+        """Read the prompts.
+
+        Args:
+            embeds: Input embeddings [B, L, H], padded on the left; padding may hold anything finite.
+            lengths: Real positions of each row [B].
+            reserve: New tokens to make room for; the cache grows when there are more.
+
+        Returns:
+            Logits after the last position [B, V] in float32, and the cache that `step` takes.
+        """
+
+    @abstractmethod
+    def step(self, ids: Tensor, cache: Any) -> Tensor:
+        """Append one token to every row: ids [B] -> logits [B, V] in float32. The cache is updated in place."""
+
+
+@dataclass
+class Cache:
+    """Keys and values of the rows in flight.
+
+    Attributes:
+        data: [layers, B, 2 K, capacity, D]; the first K heads are keys.
+        length: Positions in use, padding included.
+        padding: Left padding of each row [B].
+        mask: Added to the attention scores [B, 1, 1, capacity]; None where no row is padded.
+    """
+
+    data: Tensor
+    length: int
+    padding: Tensor
+    mask: Tensor | None
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [B'] only, in this order."""
+        self.data = self.data[:, rows]
+        self.padding = self.padding[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+
+    def grow(self) -> None:
+        """Make room for `GROWTH` more positions."""
+        self.data = F.pad(self.data, (0, 0, 0, GROWTH))
+        self.mask = None if self.mask is None else F.pad(self.mask, (0, GROWTH))
+
+    @property
+    def capacity(self) -> int:
+        return self.data.shape[3]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer."""
+
+    norm1: Tensor
+    qkv: Multiply
+    out: Multiply
+    norm2: Tensor
+    gate_up: Multiply
+    down: Multiply
+
+
+class LlamaDecoder(Decoder):
+    """Llama, Mistral without a sliding window, and Qwen2: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
+
+    families: ClassVar[set[str]] = {"llama", "mistral", "qwen2"}
+
+    def __init__(self, language: Any, weights: str, *, release: bool = False):
+        config, attention = language.config, language.model.layers[0].self_attn
+        self.weights = weights
+        self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.width, self.scale, self.eps = attention.head_dim, attention.scaling, config.rms_norm_eps
+        self.activation = language.model.layers[0].mlp.act_fn
+        self.rotary = language.model.rotary_emb
+        self.embedding = language.get_input_embeddings().weight.detach()
+        with torch.inference_mode(False), torch.no_grad():
+            self.blocks = [self._block(layer, release) for layer in language.model.layers]
+            self.norm = language.model.norm.weight.detach().to(self.dtype)
+            self.head = self._matrix([language.lm_head], release and not config.tie_word_embeddings)
+        self.cos = self.sin = self.norm.new_empty(0, 1, self.width)
+
+    def _block(self, layer: Any, release: bool) -> Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        return Block(
+            norm1=layer.input_layernorm.weight.detach().to(self.dtype),
+            qkv=self._matrix([attention.q_proj, attention.k_proj, attention.v_proj], release),
+            out=self._matrix([attention.o_proj], release),
+            norm2=layer.post_attention_layernorm.weight.detach().to(self.dtype),
+            gate_up=self._matrix([mlp.gate_proj, mlp.up_proj], release),
+            down=self._matrix([mlp.down_proj], release),
+        )
+
+    def _matrix(self, linears: list[Linear], release: bool) -> Multiply:
+        """Several linear layers on the same input as one product, in the decoder's weight format."""
+        if linears[0].weight.dtype == self.dtype and self.weights in ("fp32", "bf16"):
+            weight = fuse([linear.weight for linear in linears])
+            release = False
+        else:
+            weight = torch.cat([linear.weight.detach().to(self.dtype) for linear in linears])
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        bias = torch.cat([bias.detach().to(self.dtype) for bias in biases]) if biases else None
+        if release:
+            for linear in linears:
+                linear.weight.data = linear.weight.data.new_empty(0)
+        return {"int8": int8_product, "fp16": fp16_product}.get(self.weights, dense_product)(weight, bias)
+
+    @torch.inference_mode()
+    def prefill(self, embeds: Tensor, lengths: Tensor, reserve: int = GROWTH) -> tuple[Tensor, Cache]:
+        rows, length, hidden = embeds.shape
+        padding = (length - lengths).to(embeds.device)
+        capacity = length + min(reserve, GROWTH)
+        shape = (len(self.blocks), rows, 2 * self.kv_heads, capacity, self.width)
+        cache = Cache(self.norm.new_empty(shape), length, padding, None)
+        column = torch.arange(capacity, device=embeds.device)
+        causal = None
+        if bool(padding.any()):
+            hole = column < padding[:, None]
+            cache.mask = self.norm.new_zeros(rows, 1, 1, capacity).masked_fill_(hole[:, None, None], float("-inf"))
+            seen = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
+            # A padded position sees itself: a row of the softmax without any entry would be NaN.
+            own = torch.eye(length, dtype=torch.bool, device=embeds.device)
+            causal = (seen & ~hole[:, None, None, :length]) | own
+        positions = (column[:length] - padding[:, None]).clamp_(min=0).flatten()
+        groups = self.heads // self.kv_heads
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            heads = qkv.view(rows, length, -1, self.width).transpose(1, 2)
+            query, kv = heads[:, : self.heads], heads[:, self.heads :]
+            cache.data[layer, :, :, :length] = kv
+            keys, values = kv.repeat_interleave(groups, dim=1).chunk(2, dim=1)
+            mixed = F.scaled_dot_product_attention(
+                query, keys, values, causal, is_causal=causal is None, scale=self.scale
+            )
+            return mixed.transpose(1, 2).reshape(rows * length, -1)
+
+        x = embeds.to(self.dtype).reshape(rows * length, hidden)
+        x = self._run(x, positions, attend)
+        return self._logits(x.view(rows, length, hidden)[:, -1]), cache
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
+        if cache.length == cache.capacity:
+            cache.grow()
+        end = cache.length + 1
+        slots = cache.data[:, :, :, cache.length].unbind(0)
+        keys = cache.data[:, :, : self.kv_heads, :end].unbind(0)
+        values = cache.data[:, :, self.kv_heads :, :end].unbind(0)
+        mask = None if cache.mask is None else cache.mask[..., :end]
+        rows, heads = len(ids), self.heads
+        attention = partial(F.scaled_dot_product_attention, attn_mask=mask, scale=self.scale, enable_gqa=True)
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            slots[layer].copy_(qkv[:, heads:])
+            query = qkv[:, :heads].unsqueeze(2)
+            return attention(query, keys[layer], values[layer]).reshape(rows, -1)
+
+        x = F.embedding(ids, self.embedding).to(self.dtype)
+        x = self._run(x, cache.length - cache.padding, attend)
+        cache.length = end
+        return self._logits(x)
+
+    def _run(self, x: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """All layers over tokens x [N, H] at their positions [N]."""
+        cos, sin = self._rotations(positions)
+        half, hidden, eps, activation = self.width // 2, (x.shape[-1],), self.eps, self.activation
+        for layer, block in enumerate(self.blocks):
+            qkv = block.qkv(F.rms_norm(x, hidden, block.norm1, eps)).view(len(x), -1, self.width)
+            qkv = torch.addcmul(qkv * cos, qkv.roll(half, -1), sin)
+            x = x + block.out(attend(layer, qkv))
+            gate, up = block.gate_up(F.rms_norm(x, hidden, block.norm2, eps)).chunk(2, -1)
+            x = x + block.down(activation(gate).mul_(up))
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.head(F.rms_norm(x, (x.shape[-1],), self.norm, self.eps)).float()
+
+    def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors [N, heads + 2 K, D] for query, key and value heads alike: a value is turned by no angle.
+
+        Rotating a pair (a, b) by t is (a cos t - b sin t, b cos t + a sin t) (Su et al. 2021, eq. 34); with the halves of
+        a head swapped by `roll`, that is x * cos + swapped * sin with the sign put into the first half of the sine.
+        """
+        needed = int(positions.max()) + 1
+        if needed > len(self.cos):
+            every = torch.arange(needed + GROWTH, device=self.norm.device)[None]
+            cos, sin = self.rotary(self.norm, every)
+            sign = torch.ones(self.width, device=sin.device, dtype=sin.dtype)
+            sign[: self.width // 2] = -1
+            self.cos, self.sin = cos[0, :, None], (sin[0] * sign)[:, None]
+        shape = (len(positions), self.heads + self.kv_heads, self.width)
+        turned, still = (self.norm.new_full((len(positions), self.kv_heads, self.width), fill) for fill in (1.0, 0.0))
+        cos = torch.cat((self.cos[positions].expand(shape), turned), dim=1)
+        return cos, torch.cat((self.sin[positions].expand(shape), still), dim=1)
+
+
+class TransformersDecoder(Decoder):
+    """Any causal LM of transformers through its own forward and cache."""
+
+    def __init__(self, language: Any):
+        self.language = language
+
+    @torch.inference_mode()
+    def prefill(self, embeds: Tensor, lengths: Tensor, reserve: int = GROWTH) -> tuple[Tensor, TransformersCache]:
+        from transformers import DynamicCache
+
+        padding = embeds.shape[1] - lengths.to(embeds.device)
+        mask = (torch.arange(embeds.shape[1], device=embeds.device) >= padding[:, None]).long()
+        cache = TransformersCache(DynamicCache(config=self.language.config), mask)
+        positions = (mask.cumsum(-1) - 1).clamp_(min=0)
+        return self._forward(cache, positions, inputs_embeds=embeds.to(self.language.dtype)), cache
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, cache: TransformersCache) -> Tensor:
+        positions = cache.mask.sum(-1, keepdim=True)
+        cache.mask = F.pad(cache.mask, (0, 1), value=1)
+        return self._forward(cache, positions, input_ids=ids[:, None])
+
+    def _forward(self, cache: TransformersCache, positions: Tensor, **inputs: Tensor) -> Tensor:
+        training = self.language.training
+        if training:
+            self.language.eval()
+        try:
+            output = self.language(
+                **inputs,
+                attention_mask=cache.mask,
+                position_ids=positions,
+                past_key_values=cache.data,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        finally:
+            if training:
+                self.language.train()
+        return output.logits[:, -1].float()
+
+
+@dataclass
+class TransformersCache:
+    """transformers' own cache, and which of its positions are real [B, L]."""
+
+    data: Any
+    mask: Tensor
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [B'] only, in this order."""
+        self.data.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+
+
+def fuse(parts: list[Tensor]) -> Tensor:
+    """Matrices stacked along the output, as one tensor that the parameters become views of. Free when they already are."""
+    if len(parts) == 1:
+        return parts[0].detach()
+    first, rows = parts[0].detach(), sum(len(part) for part in parts)
+    place = first.data_ptr()
+    joined = first.is_contiguous()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        joined = joined and same and part.is_contiguous() and part.data_ptr() == place
+        place += part.numel() * part.element_size()
+    if joined:
+        return first.as_strided((rows, first.shape[1]), first.stride())
+    whole = torch.cat([part.detach() for part in parts])
+    for part, view in zip(parts, whole.split([len(part) for part in parts])):
+        part.data = view
+    return whole
+
+
+def dense_product(weight: Tensor, bias: Tensor | None) -> Multiply:
+    """x W^T + b in the type of `weight` [out, in].
+
+    On a CPU, oneDNN's product reads the matrix at memory speed where MKL's does not (measured on AVX2, one row: 1.3x; 16
+    rows: 1.2 to 1.6x).
+    """
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        product = torch.ops.mkldnn._linear_pointwise.default
+        return lambda x: product(x, weight, bias, "none", [], "")
+    return lambda x: F.linear(x, weight, bias)
+
+
+def fp16_product(weight: Tensor, bias: Tensor | None) -> Multiply:
+    """x W^T + b with W [out, in] stored in half precision and everything computed in fp32."""
+    _require_fbgemm("fp16")
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+    product = torch.ops.quantized.linear_dynamic_fp16.default
+    return lambda x: product(x, packed)
+
+
+def int8_product(weight: Tensor, bias: Tensor | None) -> Multiply:
+    """x W^T + b with W [out, in] in 8 bits, a scale for each output channel, and x in 7 bits, a scale for each row."""
+    _require_fbgemm("int8")
+    import os
+    wmax=int(os.environ.get("WMAX","127")); amax=int(os.environ.get("AMAX","63"))
+    scale = weight.abs().amax(1).clamp_(min=1e-12).double() / wmax
+    zeros = torch.zeros(len(weight), dtype=torch.long)
+    quantized = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(quantized, None)
+    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+
+    def multiply(x: Tensor) -> Tensor:
+        s = x.abs().amax(-1, True).clamp_(min=1e-30)
+        y = product(x / s, 1 / amax, amax+1, packed).mul_(s)
+        return y if bias is None else y.add_(bias)
+    return multiply
+
+
+def _require_fbgemm(weights: str) -> None:
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise UsageError(f"weights {weights} need a torch build with fbgemm (x86); use fp32 or bf16")
+
+
+def _obstacle(language: Any) -> str | None:
+    """Why a model cannot run as a `LlamaDecoder`; None where it can."""
+    config = language.config
+    if config.model_type not in LlamaDecoder.families or not type(language).__name__.endswith("ForCausalLM"):
+        return f"this is {type(language).__name__}"
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
+        return "this one has a sliding window"
+    if config.model_type == "mistral" and config.sliding_window is not None:
+        return "this one has a sliding window"
+    if language.model.rotary_emb.rope_type in ("dynamic", "longrope"):
+        return "the rotary frequencies of this one change with the length"
+    linears = [module for name, module in language.named_modules() if name.endswith(("_proj", "lm_head"))]
+    if any(type(linear) is not Linear for linear in linears):
+        return "this one has adapters or other changed layers: merge them first"
+    return None

@@ -1,0 +1,107 @@
+"""The decoder-only language model: any of transformers', pretrained or from scratch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mmgpt.config import LanguageConfig
+from mmgpt.data.tokenizer import Tokenizer
+from mmgpt.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_tokenizer(config: LanguageConfig) -> Tokenizer:
+    """The tokenizer a configuration names: `bytes`, or the one beside the weights."""
+    if config.tokenizer == "bytes" or (config.tokenizer is None and config.architecture is not None):
+        return Tokenizer.bytes()
+    from mmgpt import artifacts
+
+    return Tokenizer.load(artifacts.resolve(config.tokenizer or config.name, kind="language"))
+
+
+def load_language(config: LanguageConfig, tokenizer: Tokenizer) -> PreTrainedModel:
+    """The language model a configuration names, in fp32, attention through sdpa (which the block mask needs).
+
+    Raises:
+        UserError: the part cannot be found or read.
+    """
+    if config.architecture is not None:
+        return make_language(config.architecture, tokenizer)
+    from transformers import AutoModelForCausalLM
+
+    from mmgpt import artifacts
+
+    folder = Path(artifacts.resolve(config.name, kind="language"))
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    except Exception as error:
+        raise UserError(f"{folder} is not a language model that transformers reads: {error}") from error
+
+
+def make_language(architecture: dict[str, Any], tokenizer: Tokenizer, *, initialize: bool = True) -> PreTrainedModel:
+    """A GPT from a transformers configuration, without pretrained weights.
+
+    Weights are N(0, 0.02), and the projections back into the residual stream N(0, 0.02 / sqrt(2 layers)) (GPT-2, Radford et
+    al. 2019, section 2.3), whatever the architecture.
+
+    Args:
+        architecture: Arguments of the configuration, `model_type` among them; a missing `vocab_size` is the tokenizer's.
+        tokenizer: Gives the vocabulary its size.
+        initialize: Draw the weights; without, the caller loads them.
+
+    Raises:
+        UsageError: transformers knows no such architecture or argument.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {"vocab_size": tokenizer.text_vocabulary, **architecture}
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise UsageError("model.language.architecture needs model_type, for example llama or gpt2")
+    settings.update(bos_token_id=None, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    try:
+        config = AutoConfig.for_model(model_type, **settings)
+        language = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"model.language.architecture: {error}") from error
+    if initialize:
+        scaled = 0.02 / math.sqrt(2 * config.num_hidden_layers)
+        for name, parameter in language.named_parameters():
+            if parameter.dim() >= 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight"))
+                nn.init.normal_(parameter, std=scaled if residual else 0.02)
+    return language
+
+
+def logits_of(language: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Final hidden states [..., H] -> next-token logits [..., V] in fp32."""
+    logits = language.get_output_embeddings()(hidden).float()
+    cap = getattr(language.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def hidden_states(
+    language: PreTrainedModel, embeds: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Run the decoder blocks.
+
+    Args:
+        language: The language model.
+        embeds: [B, L, H].
+        position_ids: [B, L]; None counts from 0 in every row.
+        mask: [B, 1, L, L] bool (`packing.block_mask`), or None for plain causal attention, which has the faster kernel and is
+            right wherever a row holds one sample with its padding behind it.
+
+    Returns:
+        [B, L, H], behind the final norm.
+    """
+    base: Any = language.base_model
+    # With a cache transformers would rebuild its own mask and leak between packed samples.
+    return base(inputs_embeds=embeds, position_ids=position_ids, attention_mask=mask, use_cache=False).last_hidden_state

@@ -1,0 +1,33 @@
+"""A trained model made ready to answer: device, precision, threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmgpt import machine
+from mmgpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from mmgpt.model.multimodal import MultimodalGPT
+
+
+def load_for_answering(path: str | Path, *, device: str = "auto", precision: str = "auto") -> MultimodalGPT:
+    """See `mmgpt.load`."""
+    import torch
+
+    from mmgpt.model.multimodal import MultimodalGPT
+
+    if precision not in ("auto", "fp32", "bf16", "int8"):
+        raise UsageError(f"precision {precision!r}: choose auto, fp32, bf16 or int8")
+    machine.set_threads()
+    place = machine.pick_device(device)
+    model = MultimodalGPT.from_pretrained(path)
+    if precision == "auto":
+        precision = "bf16" if place.type == "cuda" and machine.has_bf16(place) else "fp32"
+    if precision == "int8" and place.type != "cpu":
+        raise UsageError("precision int8 is for the CPU; a GPU is faster in bf16")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model.to(place, dtype)
+    model.weights = precision
+    return model.eval()

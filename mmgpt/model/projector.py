@@ -1,0 +1,124 @@
+"""From patch features to rows of the language model's input."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mmgpt.config import ProjectorConfig
+from mmgpt.errors import UsageError
+
+
+class Projector(nn.Module):
+    """Base: P patches of width D -> T tokens of width H. `tokens` is T."""
+
+    tokens: int
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[N, P, D] -> [N, T, H]."""
+        raise NotImplementedError
+
+
+class Linear(Projector):
+    """One matrix (LLaVA, Liu et al. 2023, equation 1)."""
+
+    def __init__(self, patches: int, width: int, hidden: int):
+        super().__init__()
+        self.tokens = patches
+        self.proj = nn.Linear(width, hidden)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.proj(features)
+
+
+class MLP(Projector):
+    """Two layers with GELU between them: `mlp2x_gelu` of LLaVA-1.5 (Liu et al. 2023b, section 3.2)."""
+
+    def __init__(self, patches: int, width: int, hidden: int, inner: int):
+        super().__init__()
+        self.tokens = patches
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, hidden)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(features)))
+
+
+class PixelShuffle(Projector):
+    """factor x factor neighbouring patches are joined to one token of factor^2 D numbers, then two layers.
+
+    Space to depth as in Idefics3 and nanoVLM; the norm in front evens out the scales of features read before a final norm.
+    """
+
+    def __init__(self, grid: tuple[int, int], width: int, hidden: int, factor: int, inner: int):
+        super().__init__()
+        rows, columns = grid
+        if factor < 1 or rows % factor or columns % factor:
+            fits = [f for f in range(1, min(grid) + 1) if rows % f == 0 and columns % f == 0]
+            raise UsageError(
+                f"model.projector.factor {factor} does not divide the {rows} x {columns} patch grid; these do: {fits}"
+            )
+        self.grid, self.factor = grid, factor
+        self.tokens = rows * columns // factor**2
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width * factor**2, inner)
+        self.fc2 = nn.Linear(inner, hidden)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(self.shuffle(self.norm(features)))))
+
+    def shuffle(self, features: torch.Tensor) -> torch.Tensor:
+        """[N, rows * columns, D] -> [N, T, factor^2 D]; the patches of a block stand in reading order."""
+        number, _, width = features.shape
+        rows, columns, f = *self.grid, self.factor
+        blocks = features.view(number, rows // f, f, columns // f, f, width).permute(0, 1, 3, 2, 4, 5)
+        return blocks.reshape(number, self.tokens, f * f * width)
+
+
+class Resampler(Projector):
+    """Learned queries attend to the patches: as many tokens as queries, whatever the image size.
+
+    One block of cross-attention and a two-layer perceptron, after the Perceiver resampler of Flamingo (Alayrac et al. 2022,
+    section 3.1.1). Patches carry learned positions: attention alone would not know where they stand.
+    """
+
+    def __init__(self, patches: int, width: int, hidden: int, queries: int, heads: int):
+        super().__init__()
+        if hidden % heads:
+            raise UsageError(f"model.projector.heads {heads} does not divide the language model's width {hidden}")
+        self.tokens = queries
+        self.queries = nn.Parameter(torch.randn(queries, hidden) * 0.02)
+        self.positions = nn.Parameter(torch.randn(patches, hidden) * 0.02)
+        self.input = nn.Linear(width, hidden)
+        self.norm_patches = nn.LayerNorm(hidden)
+        self.norm_queries = nn.LayerNorm(hidden)
+        self.attention = nn.MultiheadAttention(hidden, heads, batch_first=True)
+        self.norm = nn.LayerNorm(hidden)
+        self.fc1 = nn.Linear(hidden, 4 * hidden)
+        self.fc2 = nn.Linear(4 * hidden, hidden)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        patches = self.norm_patches(self.input(features) + self.positions)
+        queries = self.queries.expand(features.shape[0], -1, -1)
+        hidden = queries + self.attention(self.norm_queries(queries), patches, patches, need_weights=False)[0]
+        return hidden + self.fc2(nn.functional.gelu(self.fc1(self.norm(hidden))))
+
+
+def make_projector(config: ProjectorConfig, *, grid: tuple[int, int], width: int, hidden: int) -> Projector:
+    """Build the projector a configuration names.
+
+    Args:
+        config: Kind and sizes.
+        grid: Rows and columns of patches.
+        width: Width D of a patch feature.
+        hidden: Width H of the language model.
+    """
+    patches = grid[0] * grid[1]
+    inner = config.width or hidden
+    if config.kind == "linear":
+        return Linear(patches, width, hidden)
+    if config.kind == "mlp2x_gelu":
+        return MLP(patches, width, hidden, inner)
+    if config.kind == "pixel_shuffle":
+        return PixelShuffle(grid, width, hidden, config.factor, inner)
+    return Resampler(patches, width, hidden, config.queries, config.heads)

@@ -1,0 +1,278 @@
+"""One training run: its folder, and the steps from data to exported model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+
+from mmgpt import artifacts, machine
+from mmgpt.config import RunConfig
+from mmgpt.data.features import FeatureCache, ImageSource, fingerprint
+from mmgpt.data.loader import BatchLoader, Item, load_items, split_holdout
+from mmgpt.data.rejections import RejectionReport
+from mmgpt.errors import UsageError, UserError
+from mmgpt.evaluate.captioning import SampleAnswers, exact_match
+from mmgpt.evaluate.report import show_batch, write_report
+from mmgpt.loop.checkpoint import Checkpointer
+from mmgpt.loop.metrics import MetricsFile
+from mmgpt.loop.progress import ProgressBar
+from mmgpt.model.multimodal import MultimodalGPT
+from mmgpt.stages.instruct import Instruct, stage_rates
+
+
+class Run:
+    """A run in `config.run_dir`, which ends up holding
+
+    config.yaml, metrics.csv, loss.png and accuracy.png, samples.md with examples/, bad_samples.jsonl where there were any,
+    checkpoints/last.ckpt, and the exported model in model/.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.folder = Path(config.run_dir)
+        self.checkpoint = self.folder / "checkpoints" / "last.ckpt"
+
+    def execute(self) -> int:
+        """Train, measure, export. Returns the exit code."""
+        config = self.config
+        device = self._device()
+        machine.set_threads(config.trainer.threads)
+        L.seed_everything(config.trainer.seed, verbose=False)
+        if not config.show_batch:
+            self._open_folder()
+        say(f"model: {config.model.init_from or _describe(config)}")
+        model = MultimodalGPT.from_config(config.model)
+        say(f"data: {', '.join(source.path for source in config.data.train)}")
+        report = RejectionReport(self.folder / "bad_samples.jsonl")
+        train, validation = self._items(model, report)
+        stage = Instruct(model, config, self._images(model, device), total_steps=1)
+        self._set_precision(model, device)
+        stage.images = self._images(model, device)
+        trainer = self._trainer(model, validation)
+        loaders = [
+            BatchLoader(
+                items,
+                config.data,
+                pad_id=model.tokenizer.pad_id,
+                images=stage.images,
+                report=report,
+                seed=config.trainer.seed,
+                shuffle=shuffle,
+                accumulate=config.trainer.accumulate if shuffle else 1,
+                rank=trainer.global_rank,
+                world=trainer.world_size,
+            )
+            for items, shuffle in ((train, True), (validation, False))
+        ]
+        if config.show_batch:
+            show_batch(model, loaders[0])
+            return 0
+        steps = config.trainer.epochs * -(-len(loaders[0]) // config.trainer.accumulate)
+        stage.total_steps = min(steps, config.trainer.max_steps or steps)
+        self._describe_run(model, train, validation, report, stage.total_steps)
+        if config.trainer.compile:
+            model.compile_blocks()
+        started = time.perf_counter()
+        trainer.fit(
+            stage,
+            train_dataloaders=loaders[0],
+            val_dataloaders=loaders[1] if validation else None,
+            ckpt_path=str(self.checkpoint) if config.resume else None,
+            weights_only=True,
+        )
+        seconds = time.perf_counter() - started
+        if trainer.is_global_zero:
+            self._finish(model, stage, validation, seconds)
+        return 0
+
+    # Before training
+
+    def _device(self) -> torch.device:
+        kind = self.config.trainer.accelerator
+        return machine.pick_device({"gpu": "cuda"}.get(kind, kind))
+
+    def _open_folder(self) -> None:
+        """Make the run folder, or take up the run in it; never overwrite one by accident."""
+        config, folder = self.config, self.folder
+        if config.resume:
+            if not self.checkpoint.is_file():
+                raise UsageError(f"nothing to resume: {self.checkpoint} does not exist; leave --resume away to start anew")
+            return
+        if folder.is_dir() and any(folder.iterdir()) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            if not config.overwrite:
+                raise UsageError(
+                    f"{folder} holds a run already: --overwrite true replaces it, --resume true goes on with it, "
+                    f"--run_dir NAME starts another"
+                )
+            if not (folder / "config.yaml").is_file():
+                raise UsageError(f"{folder} is not a run folder (no config.yaml), so --overwrite does not remove it")
+            shutil.rmtree(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            fresh = folder / ".config.yaml"
+            fresh.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+            os.replace(fresh, folder / "config.yaml")
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {folder}: {error.strerror or error}") from error
+
+    def _items(self, model: MultimodalGPT, report: RejectionReport) -> tuple[list[Item], list[Item]]:
+        data, seed = self.config.data, self.config.trainer.seed
+        if not data.train:
+            raise UsageError("data.train names no source: give at least one, for example --data.train '[{path: photos}]'")
+        longest = min(data.max_length, model.context)
+        train, total = load_items(data.train, model.encode, max_length=longest, report=report, seed=seed)
+        report.check(total, data.max_bad)
+        if not train:
+            raise UserError(f"no usable sample among {total} in {', '.join(source.path for source in data.train)}")
+        if data.validation:
+            validation, held = load_items(data.validation, model.encode, max_length=longest, report=report, seed=seed)
+            report.check(total + held, data.max_bad)
+        else:
+            train, validation = split_holdout(train, data.holdout, seed)
+        return train, validation
+
+    def _images(self, model: MultimodalGPT, device: torch.device) -> ImageSource | None:
+        if model.vision is None:
+            return None
+        frozen = stage_rates(self.config)["vision"] == 0
+        cache = None
+        if frozen and self.config.data.feature_cache:
+            root = artifacts.cache_dir() / "features"
+            cache = FeatureCache(root, fingerprint(model.vision), self.config.data.feature_cache_gb)
+        return ImageSource(model.vision, cache, frozen)
+
+    def _set_precision(self, model: MultimodalGPT, device: torch.device) -> None:
+        """Frozen parts are kept in bf16 where training runs in it: autocast would convert them again in every forward."""
+        self.precision = machine.pick_precision(self.config.trainer.precision, device)
+        if self.precision == "bf16-mixed":
+            if not machine.has_bf16(device) and device.type == "cpu":
+                say("warning: this CPU has no bf16 instructions; --trainer.precision fp32 is many times faster")
+            for part in ("vision", "language"):
+                module = getattr(model, part)
+                if module is not None and not any(p.requires_grad for p in module.parameters()):
+                    module.to(torch.bfloat16)
+        if device.type != "cpu":
+            model.to(device)
+
+    def _trainer(self, model: MultimodalGPT, validation: list[Item]) -> L.Trainer:
+        settings = self.config.trainer
+        self.metrics = MetricsFile(self.folder / "metrics.csv", resume_step=self._resume_step())
+        callbacks: list[L.Callback] = [Checkpointer(self.folder / "checkpoints", settings.checkpoint_every)]
+        if settings.progress:
+            callbacks.append(ProgressBar())
+        if validation and self.config.evaluate.generate:
+            callbacks.append(SampleAnswers(validation, self.config.evaluate))
+        return L.Trainer(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            strategy=settings.strategy,
+            precision=self.precision,  # type: ignore[arg-type]
+            max_epochs=settings.epochs,
+            max_steps=settings.max_steps or -1,
+            accumulate_grad_batches=settings.accumulate,
+            gradient_clip_val=self.config.optimizer.clip or None,
+            check_val_every_n_epoch=settings.validate_every or settings.epochs,
+            logger=[self.metrics, *self._extra_logger()],
+            callbacks=callbacks,
+            default_root_dir=str(self.folder),
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+        )
+
+    def _resume_step(self) -> int | None:
+        if not self.config.resume:
+            return None
+        try:
+            checkpoint = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+            return int(checkpoint["global_step"])
+        except Exception as error:
+            raise UserError(f"{self.checkpoint} is not a checkpoint of this project: {error}") from error
+
+    def _extra_logger(self) -> list[Any]:
+        kind = self.config.trainer.logger
+        try:
+            if kind == "tensorboard":
+                from lightning.pytorch.loggers import TensorBoardLogger
+
+                return [TensorBoardLogger(str(self.folder), name="tensorboard", version="")]
+            if kind == "wandb":
+                from lightning.pytorch.loggers import WandbLogger
+
+                return [WandbLogger(name=self.folder.name, save_dir=str(self.folder))]
+        except ModuleNotFoundError as error:
+            raise UsageError(f"trainer.logger {kind} needs `pip install 'mmgpt[loggers]'`: {error}") from error
+        return []
+
+    def _describe_run(
+        self, model: MultimodalGPT, train: list[Item], validation: list[Item], report: RejectionReport, steps: int
+    ) -> None:
+        learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        everything = sum(p.numel() for p in model.parameters())
+        tokens = sum(len(item.encoded) for item in train)
+        supervised = sum(sum(item.encoded.supervised) for item in train)
+        say(
+            f"{len(train)} samples to train on ({tokens / len(train):.0f} tokens each, {supervised / tokens:.1%} supervised), "
+            f"{len(validation)} to validate; {learnt / 1e6:.1f}M of {everything / 1e6:.0f}M weights learn; {steps} steps, "
+            f"{self.precision}, {torch.get_num_threads()} threads"
+        )
+        if len(report):
+            say(report.summary())
+
+    # After training
+
+    def _finish(self, model: MultimodalGPT, stage: Instruct, validation: list[Item], seconds: float) -> None:
+        """Export, load the export again as a user would, measure that."""
+        config = self.config
+        model.to("cpu")
+        model.altered |= {part for part, rate in stage.rates.items() if rate > 0 and not model.lora_rank(part)}
+        exported = self.folder / "model"
+        model.save_pretrained(exported, full=config.export == "all")
+        say(f"trained in {seconds:.0f} s; model in {exported}")
+        score, answered = None, []
+        items = validation
+        if config.evaluate.source is not None:
+            sources = [config.evaluate.source]
+            report = RejectionReport(self.folder / "bad_samples.jsonl")
+            items, _ = load_items(sources, model.encode, max_length=config.data.max_length, report=report, seed=config.trainer.seed)
+        if items and config.evaluate.final != 0:
+            import mmgpt
+
+            score, answered = exact_match(mmgpt.load(self.folder), items, config.evaluate, images=stage.images)
+            say(f"exact answers on {score.total} held-out samples: {score.share:.1%}")
+        examples = write_report(self.folder, answered or items, config, score=score, seconds=seconds)
+        say(f"report: {self.folder / 'samples.md'}, {self.folder / 'loss.png'}")
+        if examples:
+            question = _first_question(items)
+            say(f'try it: python demo/ask.py --model {self.folder} --image {examples[0]} "{question}"')
+
+
+def _first_question(items: list[Item]) -> str:
+    from mmgpt.data.messages import text_of
+
+    return next((text_of(m) for m in items[0].sample.messages if m["role"] == "user"), "Describe this image.")
+
+
+def _describe(config: RunConfig) -> str:
+    language = config.model.language
+    name = language.architecture["model_type"] + " from scratch" if language.architecture else language.name
+    vision = config.model.vision
+    return name if vision is None else f"{vision.name} + {config.model.projector.kind} + {name}"
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal; stdout is left to results."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,119 @@
+"""Supervised training on conversations: `align` (the projector alone) and `instruct` (whatever has a learning rate).
+
+The objective is the language model's own, on the answers only (Liu et al. 2023, equation 2):
+L = - sum over supervised tokens of log p(x_i | image, x_<i), divided by their number.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+
+from mmgpt.config import RunConfig
+from mmgpt.data.features import ImageSource, Prepared
+from mmgpt.data.packing import Batch
+from mmgpt.model.multimodal import MultimodalGPT
+from mmgpt.stages.optimizer import freeze, make_optimizer
+
+
+def stage_rates(config: RunConfig) -> dict[str, float]:
+    """Learning rate by part; `align` freezes all but the projector."""
+    rates = {part: float(getattr(config.optimizer.lr, part)) for part in ("vision", "projector", "language")}
+    if config.stage == "align":
+        rates.update(vision=0.0, language=0.0)
+    return rates
+
+
+class Instruct(L.LightningModule):
+    """Model and objective of the supervised stages.
+
+    Args:
+        model: The model.
+        config: The run.
+        images: Finishes what the loader prepared; None for text alone.
+        total_steps: Optimizer steps of the whole run, for the schedule.
+    """
+
+    def __init__(self, model: MultimodalGPT, config: RunConfig, images: ImageSource | None, total_steps: int):
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.images = images
+        self.total_steps = total_steps
+        self.rates = stage_rates(config)
+        freeze(model, self.rates)
+        self._validation: list[tuple[float, int, int]] = []
+        self._seen = {"samples": 0, "tokens": 0, "supervised": 0}
+        self._clock = time.perf_counter()
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = make_optimizer(self.model, self.config.optimizer, self.rates, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        if isinstance(batch.images, Prepared):
+            batch.images = self.images.finish(batch.images) if self.images is not None else None
+        return batch.to(device)
+
+    def on_train_epoch_start(self) -> None:
+        freeze(self.model, self.rates)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        result = self.model.loss(batch)
+        # The divisor counts the supervised tokens of the whole optimizer step over all ranks, so that accumulation and
+        # data-parallel averaging (which divide once more) leave the mean over tokens.
+        scale = self.config.trainer.accumulate * self.trainer.world_size
+        loss = result.loss * scale / max(1, batch.target_count)
+        self._log_train(batch, float(result.loss.detach()) / max(1, result.count), int(result.correct))
+        return loss
+
+    def _log_train(self, batch: Batch, loss: float, correct: int) -> None:
+        tokens, supervised = batch.tokens, batch.supervised
+        self._seen["samples"] += batch.samples
+        self._seen["tokens"] += tokens
+        self._seen["supervised"] += supervised
+        seconds = max(1e-9, time.perf_counter() - self._clock)
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
+        self.log_dict(
+            {
+                "train/accuracy": correct / max(1, supervised),
+                "train/supervised_share": supervised / max(1, tokens),
+                "train/fill": tokens / batch.input_ids.numel(),
+                "train/samples_per_s": self._seen["samples"] / seconds,
+                "train/tokens_per_s": self._seen["tokens"] / seconds,
+                "train/lr": self.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
+            },
+            batch_size=1,
+        )
+        self._progress = {"samples/s": self._seen["samples"] / seconds, "tokens/s": self._seen["tokens"] / seconds}
+
+    def on_train_start(self) -> None:
+        self._clock = time.perf_counter()
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = []
+        self._pause = time.perf_counter()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        result = self.model.loss(batch)
+        self._validation.append((float(result.loss), result.count, int(result.correct)))
+
+    def on_validation_epoch_end(self) -> None:
+        loss, count, correct = (sum(column) for column in zip(*self._validation)) if self._validation else (0.0, 0, 0)
+        if count:
+            totals = torch.tensor([loss, count, correct], dtype=torch.float64)
+            if self.trainer.world_size > 1:
+                totals = self.all_gather(totals.float()).double().sum(0).cpu()
+            self.log("val/loss", float(totals[0] / totals[1]), prog_bar=True, batch_size=1)
+            self.log("val/token_accuracy", float(totals[2] / totals[1]), batch_size=1)
+        # Throughput is of training: the time spent here does not count.
+        self._clock += time.perf_counter() - self._pause
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Only what learns: frozen parts are found by name again, and a checkpoint stays small."""
+        state = super().state_dict(*args, **kwargs)
+        learnt = {f"{kwargs.get('prefix', '')}{name}" for name, p in self.named_parameters() if p.requires_grad}
+        return {key: value for key, value in state.items() if key in learnt}

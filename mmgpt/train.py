@@ -1,0 +1,111 @@
+"""`python -m mmgpt.train [--config FILE] [--key value ...]`: one run, from configuration to exported model.
+
+Without --config it trains configs/quickstart.yaml. Exit codes: 0 done, 1 failure, 2 wrong usage, 130 stopped by Ctrl-C
+(the run has saved its state: add --resume true to go on).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+from mmgpt.config import RunConfig
+from mmgpt.errors import UsageError, run_cli
+
+
+def find_config(name: str) -> Path:
+    """A configuration file: the path itself, or one of the project's own by name (`quickstart`)."""
+    packaged = [Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs"]
+    for path in (Path(name), *(folder / f"{Path(name).name.removesuffix('.yaml')}.yaml" for folder in packaged)):
+        if path.is_file():
+            return path
+    known = sorted({str(path.relative_to(folder)) for folder in packaged for path in folder.rglob("*.yaml")})
+    raise UsageError(f"there is no configuration file {name}; the project's own are {', '.join(known)}")
+
+
+def parse(arguments: list[str] | None = None) -> RunConfig:
+    """Read the command line into a `RunConfig`.
+
+    Raises:
+        UsageError: unknown key (the nearest known one is named), wrong type, missing file.
+    """
+    from jsonargparse import ArgumentParser
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not any(argument == "--config" or argument.startswith("--config=") for argument in arguments):
+        arguments = ["--config", "quickstart", *arguments]
+    for position, argument in enumerate(arguments):
+        if argument == "--config" and position + 1 < len(arguments):
+            arguments[position + 1] = str(find_config(arguments[position + 1]))
+        elif argument.startswith("--config="):
+            arguments[position] = f"--config={find_config(argument.removeprefix('--config='))}"
+    parser = ArgumentParser(prog="python -m mmgpt.train", exit_on_error=False, allow_abbrev=False, description=__doc__)
+    parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
+    parser.add_class_arguments(RunConfig)
+    try:
+        settings = parser.parse_args(arguments)
+        settings.pop("config", None)
+        return RunConfig(**parser.instantiate(settings).as_dict())
+    except Exception as error:
+        raise UsageError(explain(str(error), known_keys(RunConfig))) from error
+
+
+def known_keys(config: type, prefix: str = "") -> list[str]:
+    """Every key of a configuration, dotted."""
+    keys = []
+    for name, hint in get_type_hints(config).items():
+        keys.append(f"{prefix}{name}")
+        for inner in (hint, *get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                keys += known_keys(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return keys
+
+
+def explain(message: str, keys: list[str]) -> str:
+    """Say what is wrong with a configuration in few words, with the nearest known key where one is unknown."""
+    unknown = re.search(
+        r"[Kk]ey '?([\w.]+)'? is not expected|Option '([\w.]+)' is not accepted|nrecognized arguments: --([\w.]+)", message
+    )
+    within = re.search(r"[Pp]arser key \"([\w.]+)\"", message)
+    if unknown:
+        name = next(group for group in unknown.groups() if group)
+        if within and not name.startswith(within[1]):
+            name = f"{within[1]}.{name}"
+        leaves = {key.split(".")[-1]: key for key in keys}
+        near = difflib.get_close_matches(name, keys, 1) or [
+            leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], list(leaves), 1)
+        ]
+        return f"unknown key {name}" + (f": did you mean {near[0]}?" if near else "") + " (--print_config shows every key)"
+    # jsonargparse indents its explanation; the first lines say what and where, the rest repeats the type.
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    return " ".join(lines[:4])
+
+
+def _quiet() -> None:
+    """Keep the libraries' advertisements, and warnings that no user can act on, out of the log."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for pattern in (".*isinstance.treespec, LeafSpec.*", ".*module.s. in eval mode.*", ".*does not have many workers.*"):
+        warnings.filterwarnings("ignore", message=pattern)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    config = parse(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quiet()
+    from mmgpt.run import Run
+
+    return Run(config).execute()
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
