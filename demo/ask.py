@@ -25,11 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _found = importlib.util.find_spec("demo")
-if (
-    importlib.util.find_spec("mmgpt") is None
-    or _found is None
-    or Path(_found.origin or "").parent != REPOSITORY / "demo"
-):
+if importlib.util.find_spec("mmgpt") is None or _found is None or Path(_found.origin or "").parent != REPOSITORY / "demo":
     # Started from a checkout that is not installed, or with another package called demo in sight.
     sys.path.insert(0, str(REPOSITORY))
 
@@ -135,7 +131,7 @@ def open_picture(name: str) -> Any:
             return open_image(name)
         except ImageError as error:
             if error.reason in ("missing_file", "directory", "unreadable_file"):
-                raise UsageError(f"--image: {error}") from error
+                raise UsageError(str(error)) from error
             raise
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("--image - reads a picture from stdin, which is a terminal: pipe or redirect one into it")
@@ -213,9 +209,10 @@ def _load(path: Path, *, device: str, precision: str) -> Any:
 
 
 def _generate(model: Any, messages: Sequence[Message], sampling: dict[str, Any]) -> Iterator[str]:
-    from mmgpt.generate import Sampling, stream
+    from mmgpt.generate import Sampling
 
-    return stream(model, messages, Sampling(**sampling))
+    # Not `mmgpt.generate.stream`: the model knows in which precision it is to answer.
+    return model.stream(messages, sampling=Sampling(**sampling))
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -239,6 +236,8 @@ def ask_once(asker: Asker, question: str, images: Sequence[Any], *, as_json: boo
         finally:
             if answer.text:
                 _show("\n")
+        if not answer.text:
+            print("the model's answer is empty", file=sys.stderr)
         return
     asker.ask(messages, lambda text: None, answer)
     seconds = time.perf_counter() - started

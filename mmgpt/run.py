@@ -19,6 +19,7 @@ from mmgpt.config import RunConfig
 from mmgpt.data.features import FeatureCache, ImageSource, fingerprint
 from mmgpt.data.loader import BatchLoader, Item, load_items, split_holdout
 from mmgpt.data.rejections import RejectionReport
+from mmgpt.data.stream import StreamLoader
 from mmgpt.errors import UsageError, UserError
 from mmgpt.evaluate.captioning import SampleAnswers, exact_match
 from mmgpt.evaluate.report import show_batch, write_report
@@ -58,25 +59,33 @@ class Run:
         self._set_precision(model, device)
         stage.images = self._images(model, device)
         trainer = self._trainer(model, validation)
-        loaders = [
-            BatchLoader(
-                items,
+        shared: dict[str, Any] = dict(
+            pad_id=model.tokenizer.pad_id,
+            images=stage.images,
+            report=report,
+            seed=config.trainer.seed,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+        )
+        accumulate = config.trainer.accumulate
+        loader: BatchLoader | StreamLoader
+        if config.data.stream:
+            loader = StreamLoader(
+                config.data.train,
+                model.encode,
                 config.data,
-                pad_id=model.tokenizer.pad_id,
-                images=stage.images,
-                report=report,
-                seed=config.trainer.seed,
-                shuffle=shuffle,
-                accumulate=config.trainer.accumulate if shuffle else 1,
-                rank=trainer.global_rank,
-                world=trainer.world_size,
+                total=(config.trainer.max_steps or 0) * accumulate,
+                max_length=self._longest(model),
+                accumulate=accumulate,
+                **shared,
             )
-            for items, shuffle in ((train, True), (validation, False))
-        ]
+        else:
+            loader = BatchLoader(train, config.data, accumulate=accumulate, **shared)
+        held = BatchLoader(validation, config.data, shuffle=False, **shared) if validation else None
         if config.show_batch:
-            show_batch(model, loaders[0])
+            show_batch(model, loader)
             return 0
-        steps = config.trainer.epochs * -(-len(loaders[0]) // config.trainer.accumulate)
+        steps = config.trainer.epochs * -(-len(loader) // accumulate)
         stage.total_steps = min(steps, config.trainer.max_steps or steps)
         self._describe_run(model, train, validation, report, stage.total_steps)
         if config.trainer.compile:
@@ -84,8 +93,8 @@ class Run:
         started = time.perf_counter()
         trainer.fit(
             stage,
-            train_dataloaders=loaders[0],
-            val_dataloaders=loaders[1] if validation else None,
+            train_dataloaders=loader,
+            val_dataloaders=held,
             ckpt_path=str(self.checkpoint) if config.resume else None,
             weights_only=True,
         )
@@ -128,7 +137,13 @@ class Run:
         data, seed = self.config.data, self.config.trainer.seed
         if not data.train:
             raise UsageError("data.train names no source: give at least one, for example --data.train '[{path: photos}]'")
-        longest = min(data.max_length, model.context)
+        longest = self._longest(model)
+        if data.stream:
+            if not self.config.trainer.max_steps:
+                raise UsageError("data.stream reads sources without knowing their length: set trainer.max_steps")
+            validation, total = load_items(data.validation, model.encode, max_length=longest, report=report, seed=seed)
+            report.check(total, data.max_bad)
+            return [], validation
         train, total = load_items(data.train, model.encode, max_length=longest, report=report, seed=seed)
         report.check(total, data.max_bad)
         if not train:
@@ -139,6 +154,9 @@ class Run:
         else:
             train, validation = split_holdout(train, data.holdout, seed)
         return train, validation
+
+    def _longest(self, model: MultimodalGPT) -> int:
+        return min(self.config.data.max_length, model.context)
 
     def _images(self, model: MultimodalGPT, device: torch.device) -> ImageSource | None:
         if model.vision is None:
@@ -219,6 +237,9 @@ class Run:
     def _describe_run(
         self, model: MultimodalGPT, train: list[Item], validation: list[Item], report: RejectionReport, steps: int
     ) -> None:
+        if not train:
+            say(f"streaming; {len(validation)} samples to validate; {steps} steps, {self.precision}")
+            return
         learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
         everything = sum(p.numel() for p in model.parameters())
         tokens = sum(len(item.encoded) for item in train)

@@ -23,7 +23,7 @@ from mmgpt.errors import UsageError, run_cli
 def find_config(name: str) -> Path:
     """A configuration file: the path itself, or one of the project's own by name (`quickstart`)."""
     packaged = [Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs"]
-    for path in (Path(name), *(folder / f"{Path(name).name.removesuffix('.yaml')}.yaml" for folder in packaged)):
+    for path in (Path(name), *(folder / f"{name.removesuffix('.yaml')}.yaml" for folder in packaged)):
         if path.is_file():
             return path
     known = sorted({str(path.relative_to(folder)) for folder in packaged for path in folder.rglob("*.yaml")})

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps
 
 from mmgpt.data.messages import ImageRef, LazyImage
 from mmgpt.errors import UserError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 50_000_000
 """Largest image that is decoded: 150 MB as RGB."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
 """What is read. A closed list: other plug-ins of Pillow start programs (EPS) or have no signature to tell them by."""
 
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"RIFF", b"II*\x00", b"MM\x00*")
@@ -66,15 +66,15 @@ def open_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     name = image_name(ref)
     if isinstance(ref, Image.Image):
         return _decode(ref, name, max_pixels)
-    with _opened(ref, name) as file:
+    with _opened(ref, name) as file, warnings.catch_warnings():
+        # Pillow warns of a bomb where this refuses it, and of damage that is an error here or does not matter.
+        warnings.simplefilter("ignore")
         try:
-            with warnings.catch_warnings():
-                # Pillow only warns between its limit and twice that; `_decode` is stricter and never only warns.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise _too_large(name, str(error)) from error
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, TypeError, OverflowError) as error:
+        except Exception as error:
+            # A damaged header fails with almost any exception type (and KeyError is a Pillow without AVIF).
             raise _not_an_image(file, name) from error
         with image:
             return _decode(image, name, max_pixels)
@@ -294,10 +294,8 @@ class Preprocess:
         else:
             # Only what is kept of a long strip: 20000x1 would become 224 x 4,480,000 first. Not always so, because
             # Pillow may resize a box rows first and the whole columns first, which rounds differently.
-            box = tuple(
-                part * length / whole
-                for part, length, whole in zip((left, top, left + width, top + height), image.size * 2, scaled * 2)
-            )
+            x, y = image.width / scaled[0], image.height / scaled[1]
+            box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
             image = image.resize((width, height), self._resampling(), box=box)
         if (width, height) == (self.size, self.size):
             return image

@@ -72,6 +72,47 @@ def split_holdout(items: list[Item], share: float, seed: int) -> tuple[list[Item
     return [item for name in names[count:] for item in groups[name]], held
 
 
+def build_batch(
+    rows: Sequence[Sequence[Item]], images: ImageSource | None, rng: random.Random, *, pad_id: int, target_count: int
+) -> tuple[Batch | None, list[Rejected]]:
+    """Open the images of a batch's samples and collate what is usable.
+
+    Args:
+        rows: Samples by row.
+        images: Opens images, looks features up; None for text alone.
+        rng: Draws augmentations.
+        pad_id: Filler token.
+        target_count: What the loss of the batch is divided by.
+
+    Returns:
+        The batch (None where nothing is left of it), and the samples left out because an image is broken.
+    """
+    kept: list[list[Item]] = []
+    prepared: list[Prepared] = []
+    rejected: list[Rejected] = []
+    for row in rows:
+        usable = []
+        for item in row:
+            try:
+                if item.encoded.images and images is not None:
+                    prepared.append(images.prepare(item.encoded.images, rng))
+            except UserError as error:
+                reason = getattr(error, "reason", "broken_image")
+                rejected.append(Rejected(reason, item.sample.where, str(error)))
+            else:
+                usable.append(item)
+        if usable:
+            kept.append(usable)
+    if not kept:
+        return None, rejected
+    where = [item.sample.where for row in kept for item in row]
+    batch = collate([[item.encoded for item in row] for row in kept], pad_id, where=where, target_count=target_count)
+    if batch.supervised == 0:
+        raise UserError(f"no supervised token in a batch ({', '.join(where[:3])}): nothing can be learnt from it")
+    batch.images = merge_prepared(prepared)
+    return batch, rejected
+
+
 class BatchLoader:
     """Batches of one epoch after another, in an order that is a function of seed and epoch alone.
 
@@ -162,40 +203,15 @@ class BatchLoader:
     def build(self, epoch: int, number: int) -> tuple[Batch | None, list[Rejected]]:
         """Batch `number` of an epoch, and the samples that had to be left out of it."""
         plan = self._plan(epoch)
-        rng = random.Random(f"{self.seed}/{epoch}/{number}")
-        rows, prepared, rejected = [], [], []
-        for row in plan[number]:
-            kept = []
-            for index in row:
-                item = self.items[index]
-                try:
-                    prepared.append(self._prepare(item, rng))
-                except UserError as error:
-                    reason = getattr(error, "reason", "broken_image")
-                    rejected.append(Rejected(reason, item.sample.where, str(error)))
-                    continue
-                kept.append((item.encoded, item.sample.where))
-            if kept:
-                rows.append(kept)
-        if not rows:
-            return None, rejected
         group = self.accumulate * self.world
         step = plan[number // group * group : (number // group + 1) * group]
-        batch = collate(
-            [[encoded for encoded, _ in row] for row in rows],
-            self.pad_id,
-            where=[where for row in rows for _, where in row],
-            target_count=sum(self.supervised[index] for rows_ in step for row in rows_ for index in row),
+        return build_batch(
+            [[self.items[index] for index in row] for row in plan[number]],
+            self.images,
+            random.Random(f"{self.seed}/{epoch}/{number}"),
+            pad_id=self.pad_id,
+            target_count=sum(self.supervised[index] for rows in step for row in rows for index in row),
         )
-        if batch.supervised == 0:
-            raise UserError(f"no supervised token in a batch ({', '.join(batch.where[:3])}): nothing can be learnt from it")
-        batch.images = merge_prepared(prepared)
-        return batch, rejected
-
-    def _prepare(self, item: Item, rng: random.Random) -> Prepared:
-        if not item.encoded.images or self.images is None:
-            return Prepared([], {}, {})
-        return self.images.prepare(item.encoded.images, rng)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}

@@ -27,8 +27,9 @@ from mmgpt.data.readers import (
     read_json,
     read_webdataset,
 )
+from mmgpt.data.shapes import draw_shapes
 from mmgpt.data.tables import ANSWER_COLUMNS, CAPTION_COLUMNS, is_saved_dataset, read_datasets, read_parquet
-from mmgpt.errors import UsageError, UserError
+from mmgpt.errors import UsageError
 
 READERS: dict[str, Callable[[str, SourceConfig], Iterator[Row | Rejected]]] = {
     "messages": read_json,
@@ -64,6 +65,8 @@ def read_source(source: SourceConfig, *, seed: int = 0) -> Iterator[Sample | Rej
         raise UsageError(f"source {source.path}: answer {source.answer!r} has no {{}} where the caption goes")
     if not source.question:
         raise UsageError(f"source {source.path}: question is empty; write one, or a list of several")
+    if source.path == "shapes" and not os.path.exists(source.path):
+        return draw_shapes(source.split, source.limit or 512)
     path, name = _locate(source)
     return _passes(path, READERS[name], source, seed)
 
@@ -129,18 +132,16 @@ def _locate(source: SourceConfig) -> tuple[str, str]:
     path, name = os.path.expanduser(source.path), source.format
     if os.path.exists(path) or any(sign in path for sign in "*?[{"):
         return path, detect_format(path) if name == "auto" else name
-    if name == "datasets":
-        return path, name
-    if name in ("auto", "parquet") and not path.lower().endswith((".parquet", *JSON_SUFFIXES, *TAR_SUFFIXES)):
+    known = path.lower().endswith((".parquet", *JSON_SUFFIXES, *TAR_SUFFIXES, *IMAGE_SUFFIXES))
+    if name == "datasets" or (name == "auto" and re.fullmatch(r"\w[\w.-]*/[\w.-]*\w", path) and not known):
+        return path, "datasets"
+    if name in ("auto", "parquet") and not known:
         from mmgpt import artifacts
 
         try:
             return str(artifacts.resolve(path, kind="dataset")), "parquet"
-        except UserError as error:
-            if name == "auto" and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-                return path, "datasets"
-            here = f"looked in {os.getcwd()}"
-            raise UsageError(f"no file, folder or named data set {source.path!r} ({here}): {error}") from error
+        except UsageError as error:
+            raise UsageError(f"no file or folder {source.path!r} in {os.getcwd()}: {error}") from error
     raise UsageError(f"no such file or folder: {source.path} (looked in {os.getcwd()})")
 
 

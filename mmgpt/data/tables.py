@@ -381,9 +381,10 @@ def _load(path: str) -> Any:
         return datasets.load_dataset(path)
     except (OSError, ValueError, RuntimeError) as error:
         # What datasets raises: DatasetNotFoundError, DataFilesNotFoundError, ConnectionError, offline mode, ...
+        there = "" if os.path.exists(path) else " (no such file or folder here)"
         said = (str(error).splitlines() or [""])[0][:300]
         raise UsageError(
-            f"datasets cannot load {path!r}: {type(error).__name__}: {said}; "
+            f"datasets cannot load {path!r}{there}: {type(error).__name__}: {said}; "
             "name a folder written by save_to_disk, or an id that can be reached from here"
         ) from error
 

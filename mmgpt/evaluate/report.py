@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from mmgpt.evaluate.captioning import Answered, Score, prompt_of
 from mmgpt.loop.metrics import read_metrics
 
 if TYPE_CHECKING:
-    from mmgpt.data.loader import BatchLoader, Item
+    from mmgpt.data.loader import Item
+    from mmgpt.data.packing import Batch
     from mmgpt.model.multimodal import MultimodalGPT
 
 
@@ -110,7 +111,7 @@ def _smooth(values: Sequence[float], window: int = 20) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
-def show_batch(model: MultimodalGPT, loader: BatchLoader) -> None:
+def show_batch(model: MultimodalGPT, loader: Iterable[Batch]) -> None:
     """Print the first batch: supervised tokens green, images in brackets, one sample a paragraph."""
     from rich.console import Console
     from rich.text import Text

@@ -22,22 +22,13 @@ from torch.nn import Linear, Module
 from torch.nn import functional as F
 
 from mmgpt.errors import UsageError
+from mmgpt.machine import has_bf16
 
 Weights = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 Multiply = Callable[[Tensor], Tensor]  # x [N, in] -> [N, out]
 
 GROWTH = 256  # positions the cache grows by
 SLACK_ROWS = 0.75  # finished rows are dropped once at most this share is left: copying the cache costs about one step
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; without it a bf16 product is far slower than a fp32 one."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return True
-    abilities = torch.cpu.get_capabilities()
-    return any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
 
 
 class Decoder(ABC):
@@ -212,9 +203,7 @@ class LlamaDecoder(Decoder):
             query, kv = heads[:, : self.heads], heads[:, self.heads :]
             cache.data[layer, :, :, :length] = kv
             keys, values = kv.repeat_interleave(groups, dim=1).chunk(2, dim=1)
-            mixed = F.scaled_dot_product_attention(
-                query, keys, values, causal, is_causal=causal is None, scale=self.scale
-            )
+            mixed = F.scaled_dot_product_attention(query, keys, values, causal, is_causal=causal is None, scale=self.scale)
             return mixed.transpose(1, 2).reshape(rows * length, -1)
 
         x = embeds.to(self.dtype).reshape(rows * length, hidden)
@@ -295,7 +284,9 @@ class TransformersDecoder(Decoder):
 
     @torch.inference_mode()
     def step(self, ids: Tensor, cache: TransformersCache) -> Tensor:
-        positions = cache.mask.sum(-1, keepdim=True)
+        # A finished row that is still carried along may pass the window, where learned positions end.
+        window = getattr(self.language.config, "max_position_embeddings", None)
+        positions = cache.mask.sum(-1, keepdim=True).clamp(max=(window or 1 << 31) - 1)
         cache.mask = F.pad(cache.mask, (0, 1), value=1)
         return self._forward(cache, positions, input_ids=ids[:, None])
 
@@ -371,20 +362,26 @@ def fp16_product(weight: Tensor, bias: Tensor | None) -> Multiply:
 
 
 def int8_product(weight: Tensor, bias: Tensor | None) -> Multiply:
-    """x W^T + b with W [out, in] in 8 bits, a scale for each output channel, and x in 7 bits, a scale for each row."""
+    """x W^T + b with W [out, in] in 8 bits, one scale for each output channel.
+
+    x is split into a coarse and a fine part of 7 bits each, scaled by its own row: one part alone loses the many small
+    entries of a row beside its few large ones. 7 bits because kernels without VNNI add pairs of products in 16 bits.
+    """
     _require_fbgemm("int8")
-    import os
-    wmax=int(os.environ.get("WMAX","127")); amax=int(os.environ.get("AMAX","63"))
-    scale = weight.abs().amax(1).clamp_(min=1e-12).double() / wmax
+    scale = weight.abs().amax(1).clamp_(min=1e-12).double() / 127
     zeros = torch.zeros(len(weight), dtype=torch.long)
-    quantized = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
-    packed = torch.ops.quantized.linear_prepack(quantized, None)
+    packed = torch.ops.quantized.linear_prepack(torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8), None)
     product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
     def multiply(x: Tensor) -> Tensor:
-        s = x.abs().amax(-1, True).clamp_(min=1e-30)
-        y = product(x / s, 1 / amax, amax+1, packed).mul_(s)
+        unit = x.abs().amax(-1, True).clamp_(min=1e-30) / 63
+        scaled = x / unit
+        coarse = scaled.round()
+        both = torch.cat((coarse, (scaled - coarse).mul_(126)))
+        large, small = product(both, 1.0, 64, packed).chunk(2)
+        y = torch.add(large, small, alpha=1 / 126).mul_(unit)
         return y if bias is None else y.add_(bias)
+
     return multiply
 
 

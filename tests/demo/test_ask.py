@@ -98,9 +98,7 @@ def command(*argv: str, cwd: Path, stdin: bytes = b"") -> subprocess.CompletedPr
 
 
 def test_help_is_quick_and_loads_nothing(tmp_path: Path) -> None:
-    program = (
-        f"import runpy, sys; sys.argv = ['ask.py', '--help']\ntry: runpy.run_path({str(ASK)!r}, run_name='__main__')\n"
-    )
+    program = f"import runpy, sys; sys.argv = ['ask.py', '--help']\ntry: runpy.run_path({str(ASK)!r}, run_name='__main__')\n"
     program += "finally: print([m for m in ('torch', 'numpy', 'PIL', 'transformers') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert found.returncode == 0 and found.stdout.endswith("[]\n"), found
@@ -175,6 +173,14 @@ def test_answer_streams_to_stdout_alone(ask: Any, picture: str, capsys: pytest.C
     assert model.sampling == [{}] and model.loads == [{"device": "auto", "precision": "auto"}]
 
 
+def test_an_empty_answer_is_mentioned(ask: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(Model([]), "Hello") == 0
+    out, err = capsys.readouterr()
+    assert out == "" and "empty" in err
+    assert ask(Model([]), "--json", "Hello") == 0
+    assert json.loads(capsys.readouterr().out)["seconds_to_first_token"] is None
+
+
 def test_options_arrive(ask: Any) -> None:
     model = Model()
     options = [
@@ -211,9 +217,7 @@ def test_markers_are_text_like_any_other(ask: Any, picture: str) -> None:
     assert len(images_of(model.asked[0])) == 1
 
 
-def test_stdin_is_a_picture(
-    ask: Any, picture: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stdin_is_a_picture(ask: Any, picture: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(picture).read_bytes())))
     model = Model()
     assert ask(model, "--image", "-") == 0
@@ -329,9 +333,7 @@ def test_a_gate_broken_on_the_prompt_answers_nothing(ask: Any, how: str, capsys:
 
 
 @pytest.mark.parametrize("error", [ImportError("no module safety"), OSError("no file"), SystemExit(0), MemoryError()])
-def test_a_gate_that_cannot_be_built_answers_nothing(
-    ask: Any, error: BaseException, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gate_that_cannot_be_built_answers_nothing(ask: Any, error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
     model = Model()
     assert ask(model, "Hello", make_gate=raising(error)) == 3
     out, err = capsys.readouterr()
@@ -361,9 +363,7 @@ def wrong_verdict(messages: Any, pieces: Iterator[str]) -> Any:
 
 
 @pytest.mark.parametrize("stream", [dies_midway, leaves_midway, wrong_type_midway, wrong_verdict])
-def test_a_gate_that_breaks_midway_shows_nothing_more(
-    ask: Any, stream: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gate_that_breaks_midway_shows_nothing_more(ask: Any, stream: Any, capsys: pytest.CaptureFixture[str]) -> None:
     gate = OpenGate()
     gate.stream = stream  # type: ignore[method-assign]
     assert ask(Model(["first ", "second ", "third"]), "Hello", make_gate=lambda: gate) == 3
@@ -417,9 +417,7 @@ def test_newest_run_that_accepts_images(tmp_path: Path) -> None:
     assert newest_run([tmp_path / "nowhere", tmp_path]) == tmp_path / "good" / "model"
 
 
-def test_the_newest_run_is_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_newest_run_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs" / "pears" / "model"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"vision": {"name": "clip"}}')
