@@ -57,14 +57,15 @@ class ProjectorConfig:
 
     Args:
         kind: `linear`; `mlp2x_gelu` (LLaVA-1.5); `pixel_shuffle` (factor x factor patches become one token, then two layers);
+            `pool` (the mean of factor x factor patches, then two layers);
             `resampler` (learned queries attend to the patches: a fixed number of tokens).
-        factor: Side of the block of patches that `pixel_shuffle` joins; must divide the patch grid.
+        factor: Side of the block of patches that `pixel_shuffle` or `pool` joins; must divide the patch grid.
         queries: Tokens an image that `resampler` makes.
         heads: Attention heads of `resampler`.
         width: Hidden width of the two layers; null is the language model's width.
     """
 
-    kind: Literal["linear", "mlp2x_gelu", "pixel_shuffle", "resampler"] = "pixel_shuffle"
+    kind: Literal["linear", "mlp2x_gelu", "pixel_shuffle", "pool", "resampler"] = "pixel_shuffle"
     factor: int = 2
     queries: int = 64
     heads: int = 8
@@ -151,6 +152,7 @@ class DataConfig:
         max_length: Longest sample in tokens, images included; a longer one is a bad sample (never cut inside an image).
         batch_size: Samples in one forward (`grouped`), or as many as make `row_length` rows (`packed`, see there).
         row_length: Tokens of a packed row, at least `max_length`; null is `max_length`.
+        augment: Random crop, mirror and colour of the training pictures, anew in every epoch; rules the feature cache out.
         feature_cache: Keep the features of a frozen encoder on disk.
         feature_cache_gb: Most the cache may take; the oldest features go first.
         max_bad: Share of bad samples that stops the run.
@@ -165,6 +167,7 @@ class DataConfig:
     max_length: int = 1024
     batch_size: int = 16
     row_length: int | None = None
+    augment: bool = False
     feature_cache: bool = True
     feature_cache_gb: float = 8.0
     max_bad: float = 0.01

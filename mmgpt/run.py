@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import sys
@@ -23,11 +24,20 @@ from mmgpt.data.stream import StreamLoader
 from mmgpt.errors import UsageError, UserError
 from mmgpt.evaluate.captioning import SampleAnswers, exact_match
 from mmgpt.evaluate.report import show_batch, write_report
-from mmgpt.loop.checkpoint import Checkpointer
+from mmgpt.loop.checkpoint import Checkpointer, Stopped
 from mmgpt.loop.metrics import MetricsFile
 from mmgpt.loop.progress import ProgressBar
 from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.stages.instruct import Instruct, stage_rates
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+# What a resumed run may change and still go on as the run that was never stopped.
+FREE_KEYS = (
+    "run_dir", "resume", "overwrite", "show_batch", "export", "evaluate.", "data.feature_cache", "data.max_bad", "data.workers",
+    "trainer.progress", "trainer.logger", "trainer.threads", "trainer.checkpoint_every",
+)  # fmt: skip
 
 
 class Run:
@@ -41,9 +51,30 @@ class Run:
         self.config = config
         self.folder = Path(config.run_dir)
         self.checkpoint = self.folder / "checkpoints" / "last.ckpt"
+        self.resume_step: int | None = None
 
     def execute(self) -> int:
-        """Train, measure, export. Returns the exit code."""
+        """Train, measure, export. Returns the exit code.
+
+        Raises:
+            UsageError: the configuration cannot be used; nothing was written.
+            UserError: data, disk or checkpoint are at fault.
+            Stopped: Ctrl-C or SIGTERM; the state is saved.
+        """
+        try:
+            return self._execute()
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            raise UserError(f"cannot write: {place}{error.strerror}.{self._what_is_kept()}") from error
+
+    def _what_is_kept(self) -> str:
+        if not self.checkpoint.is_file():
+            return ""
+        return f" The training up to the last checkpoint is kept: go on with --config {self.folder / 'config.yaml'} --resume true"
+
+    def _execute(self) -> int:
         config = self.config
         device = self._device()
         machine.set_threads(config.trainer.threads)
@@ -53,21 +84,27 @@ class Run:
         say(f"model: {config.model.init_from or _describe(config)}")
         model = MultimodalGPT.from_config(config.model)
         say(f"data: {', '.join(source.path for source in config.data.train)}")
-        report = RejectionReport(self.folder / "bad_samples.jsonl")
+        report = RejectionReport(None if config.show_batch else self.folder / "bad_samples.jsonl")
         train, validation = self._items(model, report)
-        stage = Instruct(model, config, self._images(model, device), total_steps=1)
+        stage = Instruct(model, config, None, total_steps=1)
         self._set_precision(model, device)
         stage.images = self._images(model, device)
+        if config.show_batch:
+            config.resume = False
+        if config.resume:
+            self._check_checkpoint(stage)
         trainer = self._trainer(model, validation)
         shared: dict[str, Any] = dict(
             pad_id=model.tokenizer.pad_id,
-            images=stage.images,
             report=report,
             seed=config.trainer.seed,
             rank=trainer.global_rank,
             world=trainer.world_size,
         )
         accumulate = config.trainer.accumulate
+        varied = stage.images
+        if varied is not None and config.data.augment:
+            varied = dataclasses.replace(varied, augment=varied.encoder.preprocess.augment)
         loader: BatchLoader | StreamLoader
         if config.data.stream:
             loader = StreamLoader(
@@ -77,11 +114,12 @@ class Run:
                 total=(config.trainer.max_steps or 0) * accumulate,
                 max_length=self._longest(model),
                 accumulate=accumulate,
+                images=varied,
                 **shared,
             )
         else:
-            loader = BatchLoader(train, config.data, accumulate=accumulate, **shared)
-        held = BatchLoader(validation, config.data, shuffle=False, **shared) if validation else None
+            loader = BatchLoader(train, config.data, accumulate=accumulate, images=varied, **shared)
+        held = BatchLoader(validation, config.data, shuffle=False, images=stage.images, **shared) if validation else None
         if config.show_batch:
             show_batch(model, loader)
             return 0
@@ -90,6 +128,8 @@ class Run:
         self._describe_run(model, train, validation, report, stage.total_steps)
         if config.trainer.compile:
             model.compile_blocks()
+        if config.resume:
+            self._write_config()
         started = time.perf_counter()
         trainer.fit(
             stage,
@@ -100,7 +140,10 @@ class Run:
         )
         seconds = time.perf_counter() - started
         if trainer.is_global_zero:
-            self._finish(model, stage, validation, seconds)
+            try:
+                self._finish(model, stage, validation, seconds)
+            except KeyboardInterrupt:
+                raise Stopped(f"stopped before the report was written.{self._what_is_kept()}") from None
         return 0
 
     # Before training
@@ -115,23 +158,71 @@ class Run:
         if config.resume:
             if not self.checkpoint.is_file():
                 raise UsageError(f"nothing to resume: {self.checkpoint} does not exist; leave --resume away to start anew")
+            # What a killed process was writing when it died.
+            for stray in (path for pattern in (".model-*", ".*.tmp", ".metrics.csv-*") for path in folder.glob(pattern)):
+                shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
             return
-        if folder.is_dir() and any(folder.iterdir()) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            if not config.overwrite:
+        if folder.is_dir() and int(os.environ.get("LOCAL_RANK", 0)) == 0 and (found := {path.name for path in folder.iterdir()}):
+            # A run that failed before its first step left nothing to lose.
+            unused = "config.yaml" in found and found <= {"config.yaml", "bad_samples.jsonl"}
+            if not config.overwrite and not unused:
+                goes_on = "--resume true goes on with it, " if self.checkpoint.is_file() else ""
                 raise UsageError(
-                    f"{folder} holds a run already: --overwrite true replaces it, --resume true goes on with it, "
-                    f"--run_dir NAME starts another"
+                    f"{folder} holds a run already: --overwrite true replaces it, {goes_on}--run_dir NAME starts another"
                 )
-            if not (folder / "config.yaml").is_file():
+            if "config.yaml" not in found:
                 raise UsageError(f"{folder} is not a run folder (no config.yaml), so --overwrite does not remove it")
             shutil.rmtree(folder)
+        self._write_config()
+
+    def _write_config(self) -> None:
+        settings = dataclasses.replace(self.config, resume=False, overwrite=False)
+        fresh = self.folder / ".config.yaml.tmp"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            fresh = folder / ".config.yaml"
-            fresh.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
-            os.replace(fresh, folder / "config.yaml")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False), encoding="utf-8")
+            os.replace(fresh, self.folder / "config.yaml")
         except OSError as error:
-            raise UserError(f"cannot write to the run folder {folder}: {error.strerror or error}") from error
+            raise UserError(f"cannot write to the run folder {self.folder}: {error.strerror or error}") from error
+
+    def _check_checkpoint(self, stage: Instruct) -> None:
+        """Compare the checkpoint to resume from with what would be trained.
+
+        Lightning need not be strict then: a checkpoint holds only what learns.
+
+        Raises:
+            UserError: the file is no checkpoint, or that of another model.
+        """
+        try:
+            checkpoint = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
+            self.resume_step = int(checkpoint["global_step"])
+            there = {name: list(weight.shape) for name, weight in checkpoint["state_dict"].items()}
+        except Exception as error:
+            raise UserError(f"{self.checkpoint} is not a checkpoint of this project: {str(error).splitlines()[0]}") from error
+        wanted = {name: list(weight.shape) for name, weight in stage.state_dict().items()}
+        different = [name for name in (*wanted, *there) if wanted.get(name) != there.get(name)]
+        changed = self._changed_keys()
+        if different:
+            name = different[0]
+            raise UserError(
+                f"{self.checkpoint} does not fit this configuration: {name.removeprefix('model.')} is "
+                f"{there.get(name, 'not there')} in the checkpoint, {wanted.get(name, 'not trained')} here"
+                + (f" (changed since the run began: {', '.join(changed)})" if changed else "")
+                + f"; go on with --config {self.folder / 'config.yaml'}, or start another run with --run_dir NAME"
+            )
+        if changed:
+            say(f"warning: changed since the run began, so this is not the run it would have been: {', '.join(changed)}")
+        stage.strict_loading = False
+
+    def _changed_keys(self) -> list[str]:
+        """Settings that differ from the run's config.yaml and bear on what is learnt."""
+        try:
+            before = _flat(yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            return []
+        now = _flat(yaml.safe_load(yaml.safe_dump(dataclasses.asdict(self.config))))
+        changed = [key for key in now if before.get(key) != now[key] and not key.startswith(FREE_KEYS)]
+        return [f"{key} ({before.get(key)} -> {now[key]})" for key in changed]
 
     def _items(self, model: MultimodalGPT, report: RejectionReport) -> tuple[list[Item], list[Item]]:
         data, seed = self.config.data, self.config.trainer.seed
@@ -183,7 +274,7 @@ class Run:
 
     def _trainer(self, model: MultimodalGPT, validation: list[Item]) -> L.Trainer:
         settings = self.config.trainer
-        self.metrics = MetricsFile(self.folder / "metrics.csv", resume_step=self._resume_step())
+        self.metrics = MetricsFile(self.folder / "metrics.csv", resume_step=self.resume_step)
         callbacks: list[L.Callback] = [Checkpointer(self.folder / "checkpoints", settings.checkpoint_every)]
         if settings.progress:
             callbacks.append(ProgressBar())
@@ -209,15 +300,6 @@ class Run:
             num_sanity_val_steps=0,
             log_every_n_steps=1,
         )
-
-    def _resume_step(self) -> int | None:
-        if not self.config.resume:
-            return None
-        try:
-            checkpoint = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
-            return int(checkpoint["global_step"])
-        except Exception as error:
-            raise UserError(f"{self.checkpoint} is not a checkpoint of this project: {error}") from error
 
     def _extra_logger(self) -> list[Any]:
         kind = self.config.trainer.logger
@@ -284,6 +366,14 @@ def _first_question(items: list[Item]) -> str:
     from mmgpt.data.messages import text_of
 
     return next((text_of(m) for m in items[0].sample.messages if m["role"] == "user"), "Describe this image.")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
 
 
 def _describe(config: RunConfig) -> str:

@@ -1,6 +1,7 @@
 """Converters against independent readers: transformers' GGUF loader, transformers' CLIP, the ONNX definition of dequantisation."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,7 @@ def test_clip_names_give_the_same_features_in_timm(tmp_path: Path) -> None:
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     vision |= {"image_size": 32, "patch_size": 8, "hidden_act": "quick_gelu"}
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    text |= {"bos_token_id": 1, "eos_token_id": 2}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
     with torch.no_grad():
         for weight in clip.parameters():
@@ -180,7 +182,7 @@ def test_clip_names_give_the_same_features_in_timm(tmp_path: Path) -> None:
         num_classes=0,
         pre_norm=True,
         act_layer=QuickGELU,
-        norm_layer=lambda width: torch.nn.LayerNorm(width, eps=1e-5),
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-5),
     ).eval()
     ours.load_state_dict(state, strict=True)
     pixels = torch.randn(2, 3, 32, 32)
@@ -306,7 +308,10 @@ def test_easy_vqa(folders: tuple[Path, Path]) -> None:
         (images.parent / "questions.json").write_text(json.dumps(questions))
     convert.easy_vqa(source, target)
     rows = pq.read_table(target / "easy-vqa.parquet").to_pylist()
-    assert [(row["split"], row["image"], row["group"]) for row in rows] == [("train", b"train", "circle"), ("test", b"test", "circle")]
+    assert [(row["split"], row["image"], row["group"]) for row in rows] == [
+        ("train", b"train", "circle"),
+        ("test", b"test", "circle"),
+    ]
     assert rows[0]["tags"] == ["is it red?\tno", "what is the blue shape?\tcircle"]
     (source / "easy_vqa" / "data" / "test" / "questions.json").unlink()
     with pytest.raises(convert.ConversionError, match="questions"):

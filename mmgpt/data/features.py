@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,13 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from mmgpt.data.images import image_key, open_image
+from mmgpt.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from mmgpt.model.vision import VisionEncoder
+
+_HEADER = 128
+"""Bytes of an .npy file in front of its numbers."""
 
 
 class FeatureCache:
@@ -32,14 +38,24 @@ class FeatureCache:
         root: Folder of the cache.
         fingerprint: Changes whenever the same image would give other features: see `fingerprint`.
         max_gb: Most that all files under `root` may take.
+
+    Raises:
+        UserError: the folder cannot be made.
     """
 
     def __init__(self, root: Path, fingerprint: str, max_gb: float):
         self.root = root
         self.folder = root / fingerprint
         self.limit = int(max_gb * 1e9)
+        self.full = False
         self.opened = time.time()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the feature cache {self.folder}: {error.strerror or error}; "
+                "set MMGPT_CACHE to a folder that can be written, or data.feature_cache to false"
+            ) from error
         self.size = sum(size for _, size, _ in self._files())
         self.hits = self.misses = 0
 
@@ -54,8 +70,10 @@ class FeatureCache:
         path = self._path(key)
         try:
             array = np.load(path, allow_pickle=False)
+            if array.dtype != np.float16 or array.ndim != 2:
+                raise ValueError
             os.utime(path)
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, BadZipFile):
             self.misses += 1
             return None
         self.hits += 1
@@ -65,24 +83,30 @@ class FeatureCache:
         """Keep features [P, D]. A full disk costs the cache its use, not the run its life."""
         import numpy as np
 
-        array = features.detach().half().cpu().numpy()
-        if self.size + array.nbytes > self.limit:
-            self._evict(array.nbytes)
-        if self.size + array.nbytes > self.limit:
+        if self.full:
             return
+        array = features.detach().half().cpu().numpy()
+        room = array.nbytes + _HEADER
         path = self._path(key)
         name = None
         try:
+            if self.size + room > self.limit:
+                self._evict(room)
+            if self.size + room > self.limit:
+                # What is left was read or written since this cache was opened, and does not get older than that.
+                self.full = True
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
                 name = file.name
                 np.save(file, array, allow_pickle=False)
             os.replace(name, path)
-            self.size += array.nbytes
+            self.size += room
         except OSError:
             if name is not None:
-                Path(name).unlink(missing_ok=True)
-            self.limit = self.size
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+            self.full = True
 
     def _files(self) -> list[tuple[float, int, Path]]:
         files = []
@@ -182,7 +206,7 @@ class ImageSource:
             part = names[start : start + self.chunk]
             for key, features in zip(part, self._encode(torch.stack([prepared.pixels[name] for name in part]))):
                 prepared.found[key] = features
-                if self.cache is not None and self.augment is None:
+                if self.cache is not None and _names_image(key):
                     self.cache.put(key, features)
         return torch.stack([prepared.found[key] for key in prepared.keys])
 
@@ -199,12 +223,16 @@ class ImageSource:
             return self.encoder(pixels.to(weight.device, weight.dtype)).half().cpu()
 
 
+def _names_image(key: str) -> bool:
+    """Whether a key is an image's hash; those of pixels that differ each time only count within their sample."""
+    return len(key) == 64
+
+
 def merge_prepared(parts: Sequence[Prepared]) -> Prepared:
     """Join the images of several samples into those of a batch."""
     merged = Prepared([], {}, {})
     for number, part in enumerate(parts):
-        # Keys of a frozen encoder name the image; the others only count within their sample.
-        names = {key: key if len(key) == 64 else f"{number}/{key}" for key in part.keys}
+        names = {key: key if _names_image(key) else f"{number}/{key}" for key in part.keys}
         merged.keys.extend(names[key] for key in part.keys)
         merged.found.update({names[key]: value for key, value in part.found.items()})
         merged.pixels.update({names[key]: value for key, value in part.pixels.items()})

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from mmgpt.config import DataConfig, SourceConfig
 from mmgpt.data.features import ImageSource, Prepared, merge_prepared
-from mmgpt.data.messages import Message, MessageError, Rejected, Sample, normalize
+from mmgpt.data.images import ImageError, image_key, image_name
+from mmgpt.data.messages import LazyImage, Message, MessageError, Rejected, Sample, normalize
 from mmgpt.data.packing import Batch, collate, plan_epoch
 from mmgpt.data.rejections import RejectionReport
 from mmgpt.data.sources import read_source
@@ -63,8 +65,7 @@ def split_holdout(items: list[Item], share: float, seed: int) -> tuple[list[Item
     """Set a share of the samples aside for validation; samples with the same image or conversation start stay together."""
     groups: dict[Any, list[Item]] = {}
     for item in items:
-        first = item.sample.images[0] if item.sample.images else item.sample.where
-        groups.setdefault(str(getattr(first, "name", first))[:512], []).append(item)
+        groups.setdefault(_origin(item.sample), []).append(item)
     names = sorted(groups)
     random.Random(seed).shuffle(names)
     count = min(len(names) - 1, max(1, round(share * len(names)))) if share > 0 and len(names) > 1 else 0
@@ -111,6 +112,19 @@ def build_batch(
         raise UserError(f"no supervised token in a batch ({', '.join(where[:3])}): nothing can be learnt from it")
     batch.images = merge_prepared(prepared)
     return batch, rejected
+
+
+def _origin(sample: Sample) -> str:
+    """What tells a sample's first image from others, the same in every process; where there is none, the sample's own place."""
+    if not sample.images:
+        return sample.where
+    first = sample.images[0]
+    if isinstance(first, str | PurePath | LazyImage):
+        return image_name(first)
+    try:
+        return image_key(first)
+    except ImageError:
+        return sample.where
 
 
 class BatchLoader:
@@ -180,6 +194,7 @@ class BatchLoader:
         return len(self._plan(self.epoch)[self.rank :: self.world])
 
     def __iter__(self) -> Iterator[Batch]:
+        import torch
         from torch.utils.data import DataLoader
 
         if self.position >= len(self):
@@ -188,8 +203,13 @@ class BatchLoader:
         plan, epoch = self._plan(self.epoch), self.epoch
         jobs = [(epoch, number) for number in range(self.rank, len(plan), self.world)][self.position :]
         workers = self.config.workers
+        # A generator of its own: by default DataLoader draws a seed from the global one, which a resumed run must not.
         loader: Any = DataLoader(
-            _Jobs(self, jobs), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+            _Jobs(self, jobs),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            generator=torch.Generator(),
         )
         for batch, rejected in loader:
             for sample in rejected:

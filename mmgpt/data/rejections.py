@@ -15,15 +15,16 @@ class RejectionReport:
     """The bad samples of a run, in `path` (`bad_samples.jsonl`) as lines {"reason", "where", "detail"}.
 
     A line is one append of the operating system: several processes may share the file, and a killed run leaves whole
-    lines. The same sample is counted once, however often it is met; a resumed run does not write it again.
+    lines. The same sample is counted once, however often it is met; a resumed run does not write it again. Without a path
+    they are only counted.
     """
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    def __init__(self, path: Path | None):
+        self.path = None if path is None else Path(path)
         self.counts: Counter[str] = Counter()
         self.examples: list[Rejected] = []
         self._seen: set[tuple[str, str]] = set()
-        self._written = _read_keys(self.path)
+        self._written = _read_keys(self.path) if self.path is not None else set()
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -37,7 +38,7 @@ class RejectionReport:
         self.counts[rejected.reason] += 1
         if len(self.examples) < 3:
             self.examples.append(rejected)
-        if key in self._written:
+        if self.path is None or key in self._written:
             return
         record = {"reason": rejected.reason, "where": rejected.where, "detail": rejected.detail}
         line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
@@ -67,15 +68,18 @@ class RejectionReport:
         examples = "\n".join(f"  {item.where}: {item.reason}: {item.detail[:200]}" for item in self.examples)
         raise UserError(
             f"{bad} of {total} samples are bad ({bad / max(total, bad):.1%}, data.max_bad allows {max_bad:.1%}): "
-            f"{self._by_reason()}\n{examples}\nAll of them are in {self.path}. "
-            f"Repair them, or raise data.max_bad to train without them."
+            f"{self._by_reason()}\n{examples}\n"
+            + (f"All of them are in {self.path}. " if self.path is not None else "")
+            + "Repair them, or raise data.max_bad to train without them."
         )
 
     def summary(self) -> str:
         """One line for the log."""
         if not self._seen:
             return "no bad samples"
-        return f"{len(self)} bad sample{'s' if len(self) != 1 else ''} left out ({self._by_reason()}), see {self.path}"
+        return f"{len(self)} bad sample{'s' if len(self) != 1 else ''} left out ({self._by_reason()})" + (
+            f", see {self.path}" if self.path is not None else ""
+        )
 
     def _by_reason(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())

@@ -13,10 +13,11 @@ import lightning as L
 import torch
 
 from mmgpt.errors import UserError
+from mmgpt.loop.metrics import MetricsFile
 
 
 class Stopped(UserError):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+    """The run was asked to stop (Ctrl-C, SIGTERM); the message says what was saved."""
 
     exit_code = 130
 
@@ -24,16 +25,19 @@ class Stopped(UserError):
 class Checkpointer(L.Callback):
     """Writes `folder/last.ckpt` between two optimizer steps; the file is replaced whole or not at all.
 
-    Random states travel with it. Ctrl-C and SIGTERM finish the step at hand, save, and stop.
+    The states of the random generators travel with it. Where a checkpoint falls due at the last batch of an epoch, it is
+    written after the epoch's validation, so that no validation is missed or taken twice. Ctrl-C and SIGTERM finish the
+    step at hand, save, and stop; a second one stops at once.
 
     Args:
         folder: Where the checkpoint goes.
-        every: Optimizer steps between checkpoints; None is once an epoch.
+        every: Optimizer steps between checkpoints; None is once an epoch. The end of training always gets one.
     """
 
     def __init__(self, folder: Path, every: int | None):
         self.folder = folder
         self.every = every
+        self._due = False
         self._saved_at = -1
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
@@ -44,6 +48,12 @@ class Checkpointer(L.Callback):
         return self.folder / "last.ckpt"
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            # A process that was killed while it wrote leaves its temporary file behind.
+            for stray in self.folder.glob(".last-*.ckpt"):
+                stray.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._note)
@@ -55,8 +65,15 @@ class Checkpointer(L.Callback):
 
     def _note(self, number: int, frame: Any) -> None:
         if self._signal is not None:
-            raise KeyboardInterrupt  # asked twice: stop at once, without saving
+            raise Stopped(f"stopped at once, without saving; {self._how_to_go_on()}")
         self._signal = number
+        # Not `print`: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
+
+    def _how_to_go_on(self) -> str:
+        if not self.path.is_file():
+            return "there is no checkpoint yet"
+        return f"go on with --config {self.folder.parent / 'config.yaml'} --resume true"
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._random is not None:
@@ -66,44 +83,108 @@ class Checkpointer(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        between_steps = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if not between_steps:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
-        due = self.every is not None and trainer.global_step % self.every == 0
-        if due or self._signal is not None:
-            self.save(trainer)
-        if self._signal is not None:
-            raise Stopped(f"stopped after step {trainer.global_step}; go on with --run_dir {self.folder.parent} --resume true")
+        self._due |= self.every is not None and trainer.global_step % self.every == 0
+        if trainer.is_last_batch:
+            return  # `on_train_epoch_end` comes next
+        stop = self._asked_to_stop(trainer)
+        if self._due or stop:
+            self.save(trainer, epoch_done=False)
+        if stop:
+            self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.every is None:
-            self.save(trainer)
+        out_of_steps = trainer.global_step == trainer.max_steps
+        finished = out_of_steps or trainer.current_epoch + 1 == trainer.max_epochs
+        stop = self._asked_to_stop(trainer)
+        if self._due or self.every is None or finished or stop:
+            self.save(trainer, epoch_done=trainer.is_last_batch or not out_of_steps)
+        if stop:
+            self._stop(trainer)
 
-    def save(self, trainer: L.Trainer) -> None:
-        """Write the checkpoint beside its place and rename it. Raises UserError where the disk refuses."""
+    def _asked_to_stop(self, trainer: L.Trainer) -> bool:
+        """Whether any rank got a signal: all of them have to save together."""
+        asked = self._signal is not None
+        return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        raise Stopped(f"stopped after step {trainer.global_step}, everything is saved; {self._how_to_go_on()}")
+
+    def save(self, trainer: L.Trainer, *, epoch_done: bool) -> None:
+        """Write the checkpoint beside its place and rename it, after metrics.csv is up to date with it.
+
+        Args:
+            trainer: Between two optimizer steps.
+            epoch_done: Whether the epoch is over, its validation included.
+
+        Raises:
+            UserError: the disk refuses; the checkpoint before this one is whole.
+        """
+        self._due = False
         if trainer.global_step == self._saved_at:
             return
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        settle_loops(checkpoint["loops"]["fit_loop"], steps=trainer.global_step, epoch_done=epoch_done)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                # Lightning logs a step after its last hook: by then this checkpoint counts it as taken.
+                values = {name: float(x) for name, x in trainer.callback_metrics.items() if name.startswith("train/")}
+                logger.log_metrics({"epoch": trainer.current_epoch, **values}, trainer.global_step - 1)
+                logger.flush()
+        if trainer.is_global_zero:
+            self._write(checkpoint)
+        trainer.strategy.barrier()
+        self._saved_at = trainer.global_step
+
+    def _write(self, checkpoint: dict[str, Any]) -> None:
         fresh = self.folder / f".last-{os.getpid()}.ckpt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            if trainer.is_global_zero:
-                with open(fresh, "wb") as file:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(fresh, self.path)
+            with open(fresh, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, self.path)
         except (OSError, RuntimeError) as error:
             fresh.unlink(missing_ok=True)
-            raise UserError(f"cannot save {self.path}: {error} (is the disk full?); the checkpoint before it is whole") from error
-        trainer.strategy.barrier()
-        self._saved_at = trainer.global_step
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+            raise UserError(
+                f"cannot save {self.path}: {reason} (is the disk full?). "
+                + ("The checkpoint before it is whole: make room, then " if self.path.is_file() else "Make room; ")
+                + self._how_to_go_on()
+            ) from error
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         return _random_states()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._random = state_dict
+
+
+def settle_loops(fit_loop: dict[str, Any], *, steps: int, epoch_done: bool) -> None:
+    """Bring the counters of Lightning's fit loop to where they stand between two batches, or between two epochs.
+
+    Lightning dumps them as they are inside a hook, half counted, and on a resume guesses from the differences which hook it
+    was. Saved at the last batch of an epoch, that guess leaves out the epoch's validation; saved at an epoch's end, it runs
+    the end of the epoch again. Settled counters leave nothing to guess.
+
+    Args:
+        fit_loop: `checkpoint["loops"]["fit_loop"]`, changed in place.
+        steps: Optimizer steps taken.
+        epoch_done: Whether the epoch is over.
+    """
+    batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
+    for scope in ("total", "current"):
+        taken = 0 if epoch_done and scope == "current" else batches[scope]["ready"]
+        batches[scope] = dict.fromkeys(batches[scope], taken)
+        finished = epochs[scope]["ready"] - (0 if epoch_done else 1)
+        epochs[scope].update(processed=finished, completed=finished)
+    batches["is_last_batch"] = False
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps
 
 
 def _random_states() -> dict[str, Any]:

@@ -16,9 +16,11 @@ class ProgressBar(L.Callback):
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
+        self.shown = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.total = int(trainer.estimated_stepping_batches)
+        self.shown = trainer.global_step
         if not self.console.is_terminal or not trainer.is_global_zero:
             return
         self.bar = Progress(
@@ -38,13 +40,16 @@ class ProgressBar(L.Callback):
     ) -> None:
         metrics = trainer.callback_metrics
         step = trainer.global_step
+        if step == self.shown:
+            return  # in the middle of an accumulation
+        self.shown = step
         note = (
             f"loss {float(metrics.get('train/loss', 0)):.3f}  {float(metrics.get('train/samples_per_s', 0)):.1f} samples/s  "
             f"{float(metrics.get('train/tokens_per_s', 0)):.0f} tokens/s"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=step, note=note)
-        elif trainer.is_global_zero and step % max(1, self.total // 10) == 0:
+        elif trainer.is_global_zero and (step % max(1, self.total // 10) == 0 or step == self.total):
             print(f"step {step}/{self.total}  {note}", file=sys.stderr, flush=True)
 
     def _stop(self) -> None:

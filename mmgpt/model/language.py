@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +41,15 @@ def load_language(config: LanguageConfig, tokenizer: Tokenizer) -> PreTrainedMod
 
     folder = Path(artifacts.resolve(config.name, kind="language"))
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        language, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        )
     except Exception as error:
         raise UserError(f"{folder} is not a language model that transformers reads: {error}") from error
+    if found["missing_keys"]:
+        # transformers only warns, and leaves them random.
+        raise UserError(f"{folder} lacks weights: {', '.join(sorted(found['missing_keys'])[:3])}; copy it again")
+    return language
 
 
 def make_language(architecture: dict[str, Any], tokenizer: Tokenizer, *, initialize: bool = True) -> PreTrainedModel:
@@ -68,6 +75,8 @@ def make_language(architecture: dict[str, Any], tokenizer: Tokenizer, *, initial
     settings.update(bos_token_id=None, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     try:
         config = AutoConfig.for_model(model_type, **settings)
+        if initialize:
+            _reject_unknown(AutoConfig.for_model(model_type), architecture)
         language = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"model.language.architecture: {error}") from error
@@ -78,6 +87,15 @@ def make_language(architecture: dict[str, Any], tokenizer: Tokenizer, *, initial
                 residual = name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight"))
                 nn.init.normal_(parameter, std=scaled if residual else 0.02)
     return language
+
+
+def _reject_unknown(defaults: Any, architecture: dict[str, Any]) -> None:
+    """transformers takes any argument: a misspelt one would leave its default, the size of a 7B model, in place."""
+    for name in architecture.keys() - {"model_type"}:
+        if not hasattr(defaults, name):
+            near = difflib.get_close_matches(name, defaults.to_dict(), 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UsageError(f"model.language.architecture: {defaults.model_type} has no argument {name}{hint}")
 
 
 def logits_of(language: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -103,5 +121,17 @@ def hidden_states(
         [B, L, H], behind the final norm.
     """
     base: Any = language.base_model
+    masks = None if mask is None else _layer_masks(language.config, mask)
     # With a cache transformers would rebuild its own mask and leak between packed samples.
-    return base(inputs_embeds=embeds, position_ids=position_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return base(inputs_embeds=embeds, position_ids=position_ids, attention_mask=masks, use_cache=False).last_hidden_state
+
+
+def _layer_masks(config: Any, mask: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+    """The mask as each kind of layer needs it: transformers narrows only masks of its own making to a sliding window."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if window is None or kinds == {"full_attention"}:
+        return mask
+    place = torch.arange(mask.shape[-1], device=mask.device)
+    near = mask & (place[:, None] - place[None, :] < window)
+    return near if kinds == {"sliding_attention"} else {"full_attention": mask, "sliding_attention": near}

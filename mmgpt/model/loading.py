@@ -16,6 +16,7 @@ def load_for_answering(path: str | Path, *, device: str = "auto", precision: str
     """See `mmgpt.load`."""
     import torch
 
+    from mmgpt.model.decoder import Decoder
     from mmgpt.model.multimodal import MultimodalGPT
 
     if precision not in ("auto", "fp32", "bf16", "int8"):
@@ -29,5 +30,5 @@ def load_for_answering(path: str | Path, *, device: str = "auto", precision: str
         raise UsageError("precision int8 is for the CPU; a GPU is faster in bf16")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model.to(place, dtype)
-    model.weights = precision
+    model.decoder = Decoder.from_language(model.language, precision, release=precision == "int8")  # type: ignore[arg-type]
     return model.eval()

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mmgpt.generate import Answer, Sampling
+    from mmgpt.model.decoder import Decoder
 
 PARTS = ("vision", "projector", "language")
 LOSS_CHUNK = 1024
@@ -80,8 +81,8 @@ class MultimodalGPT(nn.Module):
         self.vision = vision
         self.projector = projector
         self.language = language
-        # Precision of the decoder that answers: fp32, bf16 or int8.
-        self.weights = "fp32"
+        # What `mmgpt.load` prepared to answer with; without, every call of `generate` makes one from the weights as they are.
+        self.decoder: Decoder | None = None
         self.image_source: Callable[[Sequence[Any]], torch.Tensor] | None = None
         # Parts that are no longer what their name stands for, and so are stored whole.
         self.altered: set[str] = {"projector"} if vision is not None else set()
@@ -117,6 +118,8 @@ class MultimodalGPT(nn.Module):
             kept.vision = dataclasses.replace(kept.vision, lora=config.vision.lora)
         self.config = kept
         self.template = get_template(kept.template)
+        # A frozen part may have been stored in half precision; what learns is kept in single.
+        self.float()
         self.add_adapters()
         return self
 
@@ -297,13 +300,13 @@ class MultimodalGPT(nn.Module):
         """Answer conversations; see `mmgpt.generate.generate`."""
         from mmgpt.generate import Sampling, generate
 
-        return generate(self, conversations, sampling or Sampling())
+        return generate(self, conversations, sampling or Sampling(), decoder=self.decoder)
 
     def stream(self, messages: Any, *, sampling: Sampling | None = None) -> Iterator[str]:
         """Answer one conversation piece by piece; see `mmgpt.generate.stream`."""
         from mmgpt.generate import Sampling, stream
 
-        return stream(self, messages, sampling or Sampling())
+        return stream(self, messages, sampling or Sampling(), decoder=self.decoder)
 
     # Files
 
@@ -314,19 +317,17 @@ class MultimodalGPT(nn.Module):
             folder: Replaced where it exists.
             full: Store every weight; False stores what training changed (adapters, where that is all that changed in a part)
                 and leaves the rest to be found by name when the model is loaded.
+
+        Raises:
+            UserError: the disk is full or cannot be written to; what was in `folder` is still there.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(folder)
         altered = [part for part in PARTS if full or part in self.altered]
-        adapted = [part for part in PARTS if self.lora_rank(part)]
-        tied = {f"language.{key}" for key in getattr(self.language, "all_tied_weights_keys", None) or ()}
-        state = {
-            key: value.detach().contiguous().cpu()
-            for key, value in self.state_dict().items()
-            if key not in tied
-            and (key.split(".")[0] in altered or (key.split(".")[0] in adapted and ".lora_" in key))
-        }
+        weights = self.state_dict()
+        state = {key: weights[key].detach().contiguous().cpu() for key in self._stored(altered)}
         description = {
             "format": 1,
             **dataclasses.asdict(self.config),
@@ -334,19 +335,28 @@ class MultimodalGPT(nn.Module):
             "vision_info": self.vision.info if self.vision is not None else None,
             "language_info": self.language.config.to_diff_dict(),
         }
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            fresh = Path(temporary) / "model"
-            fresh.mkdir()
-            save_file(state, fresh / "model.safetensors", metadata={"format": "pt"})
-            (fresh / "config.json").write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
-            self.tokenizer.save(fresh)
-            if self.vision is not None:
-                settings = dataclasses.asdict(self.vision.preprocess)
-                (fresh / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            if folder.exists():
-                os.replace(folder, Path(temporary) / "old")
-            os.replace(fresh, folder)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+                fresh = Path(temporary) / "model"
+                fresh.mkdir()
+                save_file(state, fresh / "model.safetensors", metadata={"format": "pt"})
+                (fresh / "config.json").write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
+                self.tokenizer.save(fresh)
+                if self.vision is not None:
+                    settings = dataclasses.asdict(self.vision.preprocess)
+                    (fresh / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+                old = Path(temporary) / "old"
+                if folder.exists():
+                    os.replace(folder, old)
+                try:
+                    os.replace(fresh, folder)
+                except OSError:
+                    if old.exists():
+                        os.replace(old, folder)
+                    raise
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot save the model in {folder}: {error} (is the disk full?)") from error
 
     def lora_rank(self, part: str) -> int:
         """Rank of the adapters in a part; 0 where there are none."""
@@ -369,10 +379,10 @@ class MultimodalGPT(nn.Module):
         try:
             description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             config = model_config(description)
+            altered = set(description["altered"])
             state = load_file(folder / "model.safetensors")
         except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder} does not hold a complete mmgpt model (was it cut short?): {error}") from error
-        altered = set(description["altered"])
         tokenizer = Tokenizer.load(folder)
         vision = projector = None
         if "language" in altered:
@@ -391,8 +401,17 @@ class MultimodalGPT(nn.Module):
         model.merge_adapters()
         return model.eval()
 
+    def _stored(self, whole: Collection[str]) -> list[str]:
+        """Names of the weights in a file: all of the parts stored whole, the adapters of the others; tied ones once."""
+        tied = {f"language.{key}" for key in getattr(self.language, "all_tied_weights_keys", None) or ()}
+        return [
+            key for key in self.state_dict() if key not in tied and (key.split(".")[0] in whole or ".lora_" in key)
+        ]
+
     def _load(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         expected = self.state_dict()
+        if missing := [key for key in self._stored(self.altered) if key not in state]:
+            raise UserError(f"{folder}/model.safetensors lacks {missing[0]} and {len(missing) - 1} more: save or copy it again")
         for key, value in state.items():
             if key not in expected:
                 raise UserError(f"{folder}/model.safetensors has {key}, which this configuration has no place for")

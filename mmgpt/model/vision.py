@@ -115,7 +115,8 @@ def _create(config: VisionConfig, info: dict[str, Any], *, pretrained: bool = Fa
         return VisionTransformer(**vit, img_size=info["image_size"], num_classes=0, norm_layer=_LayerNorm)
     import timm
 
-    options = {key: value for key, value in config.options.items() if key != "pretrained"}
+    options = {**info.get("options", {}), **config.options}
+    options.pop("pretrained", None)
     if "image_size" in info:
         options["img_size"] = info["image_size"]
     try:
@@ -144,6 +145,7 @@ def _from_timm(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def _from_directory(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from mmgpt import artifacts
@@ -153,9 +155,9 @@ def _from_directory(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         stored = {key: info[key] for key in ("architecture", "image_size", "mean", "std", "interpolation")}
         state = load_file(folder / "model.safetensors")
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is not an image encoder (config.json with a timm architecture): {error}") from error
-    info = {**stored, "image_size": config.image_size or stored["image_size"]}
+    info = {**stored, "image_size": config.image_size or stored["image_size"], "options": info.get("options", {})}
     trunk = _create(config, info)
     if info["image_size"] != stored["image_size"]:
         from timm.layers import resample_abs_pos_embed
@@ -163,7 +165,10 @@ def _from_directory(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
         state["pos_embed"] = resample_abs_pos_embed(
             state["pos_embed"].float(), list(trunk.patch_embed.grid_size), num_prefix_tokens=trunk.num_prefix_tokens
         )
-    missing, unexpected = trunk.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = trunk.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{folder} does not fit {info['architecture']}: {error}") from error
     missing = [key for key in missing if not key.startswith(("norm.", "fc_norm.", "head"))]
     if missing or unexpected:
         raise UserError(f"{folder} does not fit {info['architecture']}: missing {missing[:3]}, unknown {unexpected[:3]}")

@@ -67,6 +67,9 @@ class Instruct(L.LightningModule):
         # data-parallel averaging (which divide once more) leave the mean over tokens.
         scale = self.config.trainer.accumulate * self.trainer.world_size
         loss = result.loss * scale / max(1, batch.target_count)
+        if batch.images is None:
+            # Text alone reaches neither encoder nor projector; backward, and every rank, must find a gradient all the same.
+            loss = loss + 0.0 * sum(p.sum() for n, p in self.named_parameters() if p.requires_grad and ".language." not in n)
         self._log_train(batch, float(result.loss.detach()) / max(1, result.count), int(result.correct))
         return loss
 

@@ -37,17 +37,21 @@ def freeze(model: nn.Module, rates: dict[str, float]) -> None:
 
 
 def parameter_groups(model: nn.Module, rates: dict[str, float], weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: by part, and by whether weight decay applies (matrices, but no embeddings)."""
+    """Optimizer groups: by part, and by whether weight decay applies.
+
+    It does to the matrices of layers, not to embeddings: of tokens, of positions, the class token, a resampler's queries.
+    """
     groups = []
     for part, rate in rates.items():
         module = getattr(model, part, None)
         if module is None or rate == 0:
             continue
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-        learnt = [p for p in module.parameters() if p.requires_grad]
-        matrices = [p for p in learnt if p.dim() >= 2 and id(p) not in embeddings]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in learnt if id(p) not in chosen]
+        matrices, rest = [], []
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                matrix = parameter.dim() >= 2 and name.endswith("weight") and id(parameter) not in embeddings
+                (matrices if matrix else rest).append(parameter)
         groups.append({"name": part, "params": matrices, "lr": rate, "weight_decay": weight_decay})
         groups.append({"name": f"{part}, no decay", "params": rest, "lr": rate, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]

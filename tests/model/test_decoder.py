@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from mmgpt.errors import UsageError
 from mmgpt.machine import has_bf16
@@ -116,7 +124,7 @@ def test_cache_grows(monkeypatch):
         logits = decoder.step(column, cache)
     expected = torch.stack([full(model, torch.cat((row, new))) for row, new in zip(rows, tokens)])
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    assert cache.capacity == 4 + 1 + 4 * 3 - 0 or cache.capacity >= cache.length == 15
+    assert (cache.length, cache.capacity) == (15, 17)
 
 
 def test_two_caches_of_one_decoder_do_not_meet():

@@ -1,0 +1,82 @@
+"""A run that was killed and resumed equals the run that was never killed, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nano_runs import differences, metric_rows, run_state, train, write_config
+
+from mmgpt.loop.checkpoint import Checkpointer
+
+# 20 samples, 5 batches of 4, 3 optimizer steps an epoch (the last of one batch), 9 steps in all.
+SETTINGS: dict[str, Any] = {
+    "trainer__epochs": 3,
+    "trainer__accumulate": 2,
+    "trainer__checkpoint_every": 2,
+    "model__language__lora": {"rank": 2, "dropout": 0.5},
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "grouped": {"data__batching": "grouped"},
+    # Steps, not epochs, end the run, in the middle of the third epoch.
+    "max_steps": {"trainer__max_steps": 8, "trainer__checkpoint_every": 1},
+    # Checkpoints at the ends of epochs; validation only in every second one.
+    "epochs": {"trainer__checkpoint_every": None, "trainer__validate_every": 2},
+    "stream": {"data__stream": True, "trainer__max_steps": 6, "trainer__epochs": 1},
+}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the run's own code gets to handle it."""
+
+
+def keep_checkpoints(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Copy every checkpoint, and metrics.csv as it was then, as a kill right after would have left them."""
+    write = Checkpointer._write
+
+    def wrapper(self: Checkpointer, checkpoint: dict[str, Any]) -> None:
+        write(self, checkpoint)
+        copy = folder / f"step{checkpoint['global_step']}"
+        (copy / "checkpoints").mkdir(parents=True)
+        shutil.copy(self.path, copy / "checkpoints" / "last.ckpt")
+        for name in ("metrics.csv", "config.yaml"):
+            shutil.copy(self.folder.parent / name, copy / name)
+
+    monkeypatch.setattr(Checkpointer, "_write", wrapper)
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The uninterrupted run, and a folder with what a kill after each checkpoint would have left."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = write_config(folder / "config.yaml", **SETTINGS, **VARIANTS[request.param]) if False else write_config(
+        folder / "config.yaml", **{**SETTINGS, **VARIANTS[request.param]}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        keep_checkpoints(patch, folder / "killed")
+        assert train(config, "--run_dir", str(folder / "whole")) == 0
+    return config, folder
+
+
+def test_resumed_equals_uninterrupted(whole: tuple[Path, Path]) -> None:
+    config, folder = whole
+    expected, rows = run_state(folder / "whole"), metric_rows(folder / "whole")
+    killed = sorted((folder / "killed").iterdir(), key=lambda path: int(path.name.removeprefix("step")))
+    assert len(killed) >= 3
+    for run in killed:
+        assert train(config, "--run_dir", str(run), "--resume", "true") == 0
+        assert not differences(expected, run_state(run)), run.name
+        assert metric_rows(run) == rows, run.name
+
+
+def test_uninterrupted_run_logs_every_step_and_validation(whole: tuple[Path, Path]) -> None:
+    config, folder = whole
+    rows = metric_rows(folder / "whole")
+    assert [int(row["step"]) for row in rows] == list(range(len(rows)))
+    validated = [int(row["step"]) for row in rows if row.get("val/loss")]
+    assert validated == {"packed0": [2, 5, 8], "grouped0": [2, 5, 8], "max_steps0": [2, 5], "epochs0": [5], "stream0": [5]}[
+        folder.name
+    ]
