@@ -86,13 +86,13 @@ def speed(model: TextModel, decoders: dict[str, Decoder], prompts: list[str], to
         model.peer(prompts[0], tokens, fixed=True)
         peer.append(tokens / (time.perf_counter() - start))
         for name, decoder in decoders.items():
-            for rows, found in ours[name].items():
-                found.append(timed_steps(model, decoder, prompts[:rows], tokens))
+            for rows, speeds in ours[name].items():
+                speeds.append(timed_steps(model, decoder, prompts[:rows], tokens))
         print(f"turn {turn}: transformers {peer[-1]:.1f} tokens/s", {k: v[1][-1] for k, v in ours.items()}, file=sys.stderr)
     best = max(peer[1:])
     report = {}
-    for name, found in ours.items():
-        one, many = (max(values[1:]) for values in found.values())
+    for name, by_rows in ours.items():
+        one, many = (max(values[1:]) for values in by_rows.values())
         report[name] = {
             "ours": round(one, 1),
             "peer": round(best, 1),

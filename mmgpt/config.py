@@ -196,6 +196,8 @@ class OptimizerConfig:
         warmup: Share of the steps that the learning rate rises over.
         final_lr: Where the cosine ends, as a share of the peak.
         clip: Gradient norm that larger gradients are scaled down to; 0 is off.
+        label_smoothing: Share of every target's probability that is spread over the whole vocabulary, in training: with few
+            samples it keeps the model from certainty (Szegedy et al. 2016, section 7).
     """
 
     lr: PartRates = field(default_factory=PartRates)
@@ -205,6 +207,7 @@ class OptimizerConfig:
     warmup: float = 0.03
     final_lr: float = 0.1
     clip: float = 1.0
+    label_smoothing: float = 0.0
 
 
 @dataclass

@@ -108,7 +108,10 @@ def llama_gguf(source: Path, target: Path) -> None:
 
 
 def language_dtype(name: str) -> torch.dtype:
-    """Float type that a tensor of a converted language model is stored in."""
+    """Float type that a tensor of a converted language model is stored in: float16, and float32 for the norms.
+
+    SmolLM2-135M from Q4_1: float16 moves a weight by at most 2.0e-3 (4.1e-4 of its tensor's largest), bfloat16 by 1.4e-2.
+    """
     import torch
 
     return torch.float32 if name.endswith("norm.weight") else torch.float16

@@ -303,8 +303,8 @@ def _run(model: Model, rows: list[_Row], sampling: Sampling, decoder: Decoder | 
         prompts = model.embed_prompts([row.messages for row in rows])
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         embeds = prompts[0].new_zeros(len(rows), int(lengths.max()), prompts[0].shape[1])
-        for row, prompt in enumerate(prompts):
-            embeds[row, embeds.shape[1] - len(prompt) :] = prompt
+        for place, prompt in zip(embeds, prompts):
+            place[len(place) - len(prompt) :] = prompt
         logits, cache = decoder.prefill(embeds, lengths, reserve=max(row.limit for row in rows))
     del prompts, embeds
     active = list(rows)

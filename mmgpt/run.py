@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from mmgpt import artifacts, machine
 from mmgpt.config import RunConfig
 from mmgpt.data.features import FeatureCache, ImageSource, fingerprint
 from mmgpt.data.loader import BatchLoader, Item, load_items, split_holdout
+from mmgpt.data.messages import Rejected, Sample
 from mmgpt.data.rejections import RejectionReport
+from mmgpt.data.sources import read_source
 from mmgpt.data.stream import StreamLoader
 from mmgpt.errors import UsageError, UserError
 from mmgpt.evaluate.captioning import SampleAnswers, exact_match
@@ -30,7 +33,6 @@ from mmgpt.loop.progress import ProgressBar
 from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.stages.instruct import Instruct, stage_rates
 
-
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 # What a resumed run may change and still go on as the run that was never stopped.
@@ -38,6 +40,10 @@ FREE_KEYS = (
     "run_dir", "resume", "overwrite", "show_batch", "export", "evaluate.", "data.feature_cache", "data.max_bad", "data.workers",
     "trainer.progress", "trainer.logger", "trainer.threads", "trainer.checkpoint_every",
 )  # fmt: skip
+
+
+CALIBRATION_IMAGES = 32
+"""Images whose features the projector sees before its first step."""
 
 
 class Run:
@@ -52,6 +58,7 @@ class Run:
         self.folder = Path(config.run_dir)
         self.checkpoint = self.folder / "checkpoints" / "last.ckpt"
         self.resume_step: int | None = None
+        self.cursor: dict[str, int] = {}
 
     def execute(self) -> int:
         """Train, measure, export. Returns the exit code.
@@ -128,7 +135,11 @@ class Run:
         self._describe_run(model, train, validation, report, stage.total_steps)
         if config.trainer.compile:
             model.compile_blocks()
+        if not config.resume and config.model.init_from is None:
+            self._initialize_projector(model, stage.images, train)
         if config.resume:
+            # Lightning forgets the loader's state where the checkpoint was written at the end of an epoch.
+            loader.load_state_dict(self.cursor)
             self._write_config()
         started = time.perf_counter()
         trainer.fit(
@@ -196,6 +207,7 @@ class Run:
         try:
             checkpoint = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
             self.resume_step = int(checkpoint["global_step"])
+            self.cursor = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
             there = {name: list(weight.shape) for name, weight in checkpoint["state_dict"].items()}
         except Exception as error:
             raise UserError(f"{self.checkpoint} is not a checkpoint of this project: {str(error).splitlines()[0]}") from error
@@ -271,6 +283,28 @@ class Run:
                     module.to(torch.bfloat16)
         if device.type != "cpu":
             model.to(device)
+
+    def _initialize_projector(self, model: MultimodalGPT, images: ImageSource | None, train: list[Item]) -> None:
+        """Show the projector the features of some training images before its first step."""
+        if images is None or model.projector is None:
+            return
+        samples: Iterable[Sample | Rejected] = [item.sample for item in train]
+        if self.config.data.stream:
+            samples = (found for source in self.config.data.train for found in read_source(source))
+        found = (image for sample in samples if isinstance(sample, Sample) for image in sample.images)
+        features = []
+        for image in found:
+            try:
+                shown = images([image])
+            except UserError:
+                continue  # the loader will report it
+            assert shown is not None
+            with torch.no_grad():
+                features.append(shown if shown.dim() == 3 else model.encode_images(shown.to(model.device)).cpu())
+            if len(features) == CALIBRATION_IMAGES:
+                break
+        if features:
+            model.projector.initialize(torch.cat(features).to(next(model.projector.parameters()).device))
 
     def _trainer(self, model: MultimodalGPT, validation: list[Item]) -> L.Trainer:
         settings = self.config.trainer

@@ -1,4 +1,4 @@
-"""Converters against independent readers: transformers' GGUF loader, transformers' CLIP, the ONNX definition of dequantisation."""
+"""Converters against independent readers: transformers' GGUF loader and CLIP, the ONNX definition of dequantisation."""
 
 import json
 from functools import partial

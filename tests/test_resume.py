@@ -22,7 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed": {},
     "grouped": {"data__batching": "grouped"},
     # Steps, not epochs, end the run, in the middle of the third epoch.
-    "max_steps": {"trainer__max_steps": 8, "trainer__checkpoint_every": 1},
+    "max_steps": {"trainer__max_steps": 7, "trainer__checkpoint_every": 1},
     # Checkpoints at the ends of epochs; validation only in every second one.
     "epochs": {"trainer__checkpoint_every": None, "trainer__validate_every": 2},
     "stream": {"data__stream": True, "trainer__max_steps": 6, "trainer__epochs": 1},
@@ -52,9 +52,7 @@ def keep_checkpoints(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The uninterrupted run, and a folder with what a kill after each checkpoint would have left."""
     folder = tmp_path_factory.mktemp(request.param)
-    config = write_config(folder / "config.yaml", **SETTINGS, **VARIANTS[request.param]) if False else write_config(
-        folder / "config.yaml", **{**SETTINGS, **VARIANTS[request.param]}
-    )
+    config = write_config(folder / "config.yaml", **{**SETTINGS, **VARIANTS[request.param]})
     with pytest.MonkeyPatch.context() as patch:
         keep_checkpoints(patch, folder / "killed")
         assert train(config, "--run_dir", str(folder / "whole")) == 0

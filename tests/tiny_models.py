@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from mmgpt.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from mmgpt.convert import CLIP_MEAN, CLIP_STD, clip_to_timm
 from mmgpt.data.messages import normalize
 from mmgpt.data.packing import Batch, collate
 from mmgpt.data.tokenizer import Tokenizer
@@ -64,6 +67,31 @@ def enliven(model: Any, seed: int = 0, scale: float = 0.15) -> Any:
         for parameter in model.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def write_clip(folder: Path, model: Any, **options: Any) -> VisionConfig:
+    """A CLIP tower of transformers (`CLIPVisionModel`) as an encoder directory in timm's names."""
+    settings = model.config
+    state = {f"vision_model.{name.removeprefix('vision_model.')}": value for name, value in model.state_dict().items()}
+    names = {"quick_gelu": "vit_base_patch16_clip_quickgelu_224", "gelu": "vit_base_patch16_clip_224"}
+    description = {
+        "architecture": names[settings.hidden_act],
+        "image_size": settings.image_size,
+        "mean": CLIP_MEAN,
+        "std": CLIP_STD,
+        "interpolation": "bicubic",
+    }
+    folder.mkdir(exist_ok=True)
+    save_file({name: value.contiguous() for name, value in clip_to_timm(state).items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(description))
+    shape = {
+        "patch_size": settings.patch_size,
+        "embed_dim": settings.hidden_size,
+        "depth": settings.num_hidden_layers,
+        "num_heads": settings.num_attention_heads,
+        "mlp_ratio": settings.intermediate_size / settings.hidden_size,
+    }
+    return VisionConfig(name=str(folder), options=shape, **options)
 
 
 def noise(seed: int, size: int = 32) -> Image.Image:

@@ -54,6 +54,10 @@ class Checkpointer(L.Callback):
                 stray.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if loop.batch_progress.current.ready == 0:
+            # Between two epochs there is nothing to restart; with `max_steps`, Lightning would skip the epoch's first validation.
+            loop.restarting = False
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._note)

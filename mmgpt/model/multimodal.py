@@ -201,7 +201,7 @@ class MultimodalGPT(nn.Module):
         """[B, L, V] next-token logits in fp32."""
         return logits_of(self.language, self.hidden(batch))
 
-    def loss(self, batch: Batch) -> LossSum:
+    def loss(self, batch: Batch, *, label_smoothing: float = 0.0) -> LossSum:
         """Cross-entropy summed over the supervised positions; logits are made for those alone, a chunk at a time."""
         hidden = self.hidden(batch)
         learnt = batch.targets >= 0
@@ -210,7 +210,7 @@ class MultimodalGPT(nn.Module):
         correct = torch.zeros((), device=rows.device, dtype=torch.long)
         many = rows.shape[0] > LOSS_CHUNK and torch.is_grad_enabled()
         for start in range(0, rows.shape[0], LOSS_CHUNK):
-            chunk = rows[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK]
+            chunk = rows[start : start + LOSS_CHUNK], targets[start : start + LOSS_CHUNK], label_smoothing
             if many:
                 from torch.utils.checkpoint import checkpoint
 
@@ -220,9 +220,12 @@ class MultimodalGPT(nn.Module):
             total, correct = total + part, correct + right
         return LossSum(total, int(targets.numel()), correct)
 
-    def _chunk_loss(self, rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _chunk_loss(
+        self, rows: torch.Tensor, targets: torch.Tensor, label_smoothing: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = logits_of(self.language, rows)
-        return F.cross_entropy(logits, targets, reduction="sum"), (logits.detach().argmax(-1) == targets).sum()
+        loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+        return loss, (logits.detach().argmax(-1) == targets).sum()
 
     def compile_blocks(self) -> None:
         """`torch.compile` every decoder block; they share one compilation, so it takes seconds, not minutes."""

@@ -18,6 +18,12 @@ class Projector(nn.Module):
         """[N, P, D] -> [N, T, H]."""
         raise NotImplementedError
 
+    def initialize(self, features: torch.Tensor) -> None:
+        """Look at a sample of features [N, P, D] before training begins."""
+        for module in self.modules():
+            if isinstance(module, ActNorm):
+                module.initialize(features)
+
 
 class Linear(Projector):
     """One matrix (LLaVA, Liu et al. 2023, equation 1)."""
@@ -44,6 +50,29 @@ class MLP(Projector):
         return self.fc2(nn.functional.gelu(self.fc1(features)))
 
 
+class ActNorm(nn.Module):
+    """A scale and a shift for every channel, set from data so that the channels start with mean 0 and deviation 1.
+
+    Data-dependent initialisation of Glow (Kingma and Dhariwal 2018, section 3.1). Features read before a ViT's final norm have a
+    few channels a hundred times larger than the rest; a LayerNorm, which divides by all of them together, drowns the others.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    @torch.no_grad()
+    def initialize(self, features: torch.Tensor) -> None:
+        """Set scale and shift from a sample of features [..., D]."""
+        rows = features.flatten(0, -2).float()
+        self.scale.copy_(1 / rows.std(0).clamp(min=1e-4))
+        self.shift.copy_(-rows.mean(0) * self.scale)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features * self.scale + self.shift
+
+
 class Pool(Projector):
     """The mean of every factor x factor block of patches, then two layers.
 
@@ -56,7 +85,7 @@ class Pool(Projector):
         _check_factor(grid, factor)
         self.grid, self.factor = grid, factor
         self.tokens = grid[0] * grid[1] // factor**2
-        self.norm = nn.LayerNorm(width)
+        self.norm = ActNorm(width)
         self.fc1 = nn.Linear(width, inner)
         self.fc2 = nn.Linear(inner, hidden)
 
@@ -80,7 +109,7 @@ def _check_factor(grid: tuple[int, int], factor: int) -> None:
 class PixelShuffle(Projector):
     """factor x factor neighbouring patches are joined to one token of factor^2 D numbers, then two layers.
 
-    Space to depth as in Idefics3 and nanoVLM; the norm in front evens out the scales of features read before a final norm.
+    Space to depth as in Idefics3 and nanoVLM.
     """
 
     def __init__(self, grid: tuple[int, int], width: int, hidden: int, factor: int, inner: int):
@@ -89,7 +118,7 @@ class PixelShuffle(Projector):
         _check_factor(grid, factor)
         self.grid, self.factor = grid, factor
         self.tokens = rows * columns // factor**2
-        self.norm = nn.LayerNorm(width)
+        self.norm = ActNorm(width)
         self.fc1 = nn.Linear(width * factor**2, inner)
         self.fc2 = nn.Linear(inner, hidden)
 

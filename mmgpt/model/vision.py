@@ -115,8 +115,7 @@ def _create(config: VisionConfig, info: dict[str, Any], *, pretrained: bool = Fa
         return VisionTransformer(**vit, img_size=info["image_size"], num_classes=0, norm_layer=_LayerNorm)
     import timm
 
-    options = {**info.get("options", {}), **config.options}
-    options.pop("pretrained", None)
+    options = {key: value for key, value in config.options.items() if key != "pretrained"}
     if "image_size" in info:
         options["img_size"] = info["image_size"]
     try:
@@ -157,7 +156,7 @@ def _from_directory(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
         state = load_file(folder / "model.safetensors")
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is not an image encoder (config.json with a timm architecture): {error}") from error
-    info = {**stored, "image_size": config.image_size or stored["image_size"], "options": info.get("options", {})}
+    info = {**stored, "image_size": config.image_size or stored["image_size"]}
     trunk = _create(config, info)
     if info["image_size"] != stored["image_size"]:
         from timm.layers import resample_abs_pos_embed

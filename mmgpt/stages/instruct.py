@@ -62,7 +62,7 @@ class Instruct(L.LightningModule):
         freeze(self.model, self.rates)
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        result = self.model.loss(batch)
+        result = self.model.loss(batch, label_smoothing=self.config.optimizer.label_smoothing)
         # The divisor counts the supervised tokens of the whole optimizer step over all ranks, so that accumulation and
         # data-parallel averaging (which divide once more) leave the mean over tokens.
         scale = self.config.trainer.accumulate * self.trainer.world_size

@@ -208,7 +208,8 @@ def test_int8_survives_large_entries():
     levels = weight.abs().amax(1, keepdim=True) / 127
     rounded = x @ ((weight / levels).round() * levels).T
     found = decoder_module.int8_product(weight, None)(x)
-    assert (found - rounded).abs().max() < 0.05 < (rounded - exact).abs().max()
+    # What rounding the input costs stays below what rounding the weights does; one part of 7 bits would cost about 15.
+    assert (found - rounded).abs().max() < 0.6 < (rounded - exact).abs().max()
 
 
 @fbgemm

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import enliven, make_batch, noise, talk
+from tiny_models import enliven, make_batch, noise, talk, write_clip
 
-from mmgpt.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from mmgpt.convert import CLIP_MEAN, CLIP_STD, clip_to_timm, write_vision
+from mmgpt.config import LanguageConfig, ModelConfig, ProjectorConfig
 from mmgpt.data.tokenizer import Tokenizer
 from mmgpt.model.multimodal import MultimodalGPT
 
@@ -48,23 +47,9 @@ def pair(tmp_path_factory):
     language.lm_head.load_state_dict(theirs.lm_head.state_dict())
     language.save_pretrained(folder / "language")
     tokenizer.save(folder / "language")
-    tower = {f"vision_model.{n.removeprefix('vision_model.')}": w for n, w in theirs.model.vision_tower.state_dict().items()}
-    (folder / "vision").mkdir()
-    write_vision(
-        folder / "vision",
-        clip_to_timm(tower),
-        {
-            "architecture": "vit_base_patch16_clip_quickgelu_224",
-            "image_size": 32,
-            "mean": CLIP_MEAN,
-            "std": CLIP_STD,
-            "interpolation": "bicubic",
-            "options": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 2},
-        },
-    )
     ours = MultimodalGPT.from_config(
         ModelConfig(
-            vision=VisionConfig(name=str(folder / "vision"), layer=-2),
+            vision=write_clip(folder / "vision", theirs.model.vision_tower, layer=-2),
             projector=ProjectorConfig(kind="mlp2x_gelu"),
             language=LanguageConfig(name=str(folder / "language")),
         )

@@ -1,21 +1,18 @@
 """timm's ViT, as converted, against transformers' CLIP tower, at every layer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny_models import enliven
+from tiny_models import enliven, write_clip
 
-from mmgpt.config import VisionConfig
-from mmgpt.convert import CLIP_MEAN, CLIP_STD, clip_to_timm, write_vision
 from mmgpt.model.vision import load_vision
 
-ARCHITECTURE = {"quick_gelu": "vit_base_patch16_clip_quickgelu_224", "gelu": "vit_base_patch16_clip_224"}
 
-
-@pytest.fixture(scope="module", params=ARCHITECTURE)
+@pytest.fixture(scope="module", params=["quick_gelu", "gelu"])
 def tower(request, tmp_path_factory):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    folder = tmp_path_factory.mktemp(request.param)
     config = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -26,18 +23,14 @@ def tower(request, tmp_path_factory):
         hidden_act=request.param,
     )
     model = enliven(CLIPVisionModel(config)).eval()
-    state = {f"vision_model.{name.removeprefix('vision_model.')}": value for name, value in model.state_dict().items()}
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "mlp_ratio": 2}
-    description = {"image_size": 32, "mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "options": options}
-    write_vision(folder, clip_to_timm(state), {"architecture": ARCHITECTURE[request.param], **description})
-    return model, folder
+    return model, write_clip(tmp_path_factory.mktemp("clip"), model)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [-1, -2, -3, 0, 1, 2])
 def test_features_equal_hidden_states(tower, layer):
-    model, folder = tower
-    encoder = load_vision(VisionConfig(name=str(folder), layer=layer)).eval()
+    model, config = tower
+    encoder = load_vision(replace(config, layer=layer)).eval()
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     states = model(pixels, output_hidden_states=True).hidden_states
     # hidden_states[0] stands before the first block.
@@ -46,7 +39,7 @@ def test_features_equal_hidden_states(tower, layer):
 
 
 def test_every_weight_of_the_tower_is_used(tower):
-    model, folder = tower
-    encoder = load_vision(VisionConfig(name=str(folder), layer=-1))
+    model, config = tower
+    encoder = load_vision(replace(config, layer=-1))
     unused = sum(p.numel() for n, p in model.named_parameters() if "post_layernorm" in n)
     assert sum(p.numel() for p in encoder.parameters()) == sum(p.numel() for p in model.parameters()) - unused
