@@ -1,6 +1,6 @@
 """Decoding against `transformers.generate`: speed at batch 1 and 16, and whether the text is the same.
 
-    python benchmarks/decoding.py [--formats fp32,fp16,int8] [--tokens 128] [--prompts 100] [--rounds 3]
+    python benchmarks/decoding.py [--formats fp32,fp16] [--tokens 128] [--prompts 100] [--rounds 3]
 
 Same weights, same prompts, same process; the two take turns (A B A B), and the best round of each counts, so that other
 work on the machine disturbs both alike. One JSON object on stdout; progress on stderr.
@@ -135,7 +135,7 @@ def agreement(model: TextModel, decoders: dict[str, Any], prompts: list[str], to
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    formats = "fp32,bf16,fp16,int8" if has_bf16(torch.device("cpu")) else "fp32,fp16,int8"
+    formats = "fp32,bf16,fp16" if has_bf16(torch.device("cpu")) else "fp32,fp16"
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a named part or a directory")
     parser.add_argument("--formats", default=formats, help="weight formats, separated by commas; fp32 is always measured")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens a prompt")

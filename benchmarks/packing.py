@@ -38,7 +38,7 @@ CAPTION_TOKENS = {
 }  # fmt: skip
 """Captions by length in tokens of SmolLM2: the 35,000 captions of 7,000 Flickr8k photographs, counted."""
 
-QUESTIONS = ["Describe this image.", "What is in this photograph?", "Write a caption.", "What else can you say about it?", "Go on."]
+QUESTIONS = ["Describe this image.", "What is in this photograph?", "Write a caption.", "What else do you see?", "Go on."]
 PATCHES, WIDTH = (14, 14), 768  # of CLIP ViT-B/16
 PROJECTORS = {196: ("mlp2x_gelu", 1), 49: ("pixel_shuffle", 2), 4: ("pixel_shuffle", 7)}
 
@@ -178,12 +178,13 @@ def main() -> None:
             places = sum(len(rows) * max(sum(lengths[i] for i in row) for row in rows) for rows in plan)
             seconds = training.epoch(data, plan)
             speed = options.samples / seconds
-            print(f"round {turn}: {name} {speed:.2f} samples/s, {sum(lengths) / places:.1%} real tokens", file=sys.stderr, flush=True)
+            share = sum(lengths) / places
+            print(f"round {turn}: {name} {speed:.2f} samples/s, {share:.1%} real tokens", file=sys.stderr, flush=True)
             if name not in found or speed > found[name]["samples_per_second"]:
                 found[name] = {
                     "samples_per_second": speed,
                     "tokens_per_second": sum(lengths) / seconds,
-                    "real_tokens": sum(lengths) / places,
+                    "real_tokens": share,
                 }
     speeds = {name: row["samples_per_second"] for name, row in found.items()}
     report = {

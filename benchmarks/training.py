@@ -15,6 +15,7 @@ benchmark stops. One JSON object on stdout; progress on stderr.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -225,8 +226,8 @@ def train_ours(options: argparse.Namespace, task: str, folder: Path) -> dict[str
             assert model.vision is not None
             images = ImageSource(model.vision, None, frozen=True)
             rows = balanced_rows([len(item.encoded) for item in self.first], MAX_LENGTH)
-            pad = model.tokenizer.pad_id
-            batch, _ = build_batch([[self.first[i] for i in row] for row in rows], images, random.Random(0), pad_id=pad, target_count=1)
+            packed = [[self.first[i] for i in row] for row in rows]
+            batch, _ = build_batch(packed, images, random.Random(0), pad_id=model.tokenizer.pad_id, target_count=1)
             assert batch is not None
             batch.images = images.finish(batch.images)
             result = model.loss(batch)
@@ -345,7 +346,7 @@ def measured(times: list[float], first_loss: float, *, bf16: bool) -> dict[str, 
     import torch
 
     return {
-        "epochs": [end - start for start, end in zip(times, times[1:])],
+        "epochs": [end - start for start, end in itertools.pairwise(times)],
         "first_loss": first_loss,
         "peak_memory_mb": peak_memory_mb(),
         "precision": "bf16" if bf16 else "fp32",
@@ -407,7 +408,7 @@ def compare(task: str, samples: int, folder: Path, arguments: list[str], rounds:
             print(f"{task}, round {turn}: {side} {speeds} samples/s by epoch, peak {memory:.0f} MB", file=sys.stderr, flush=True)
         ours, peer = (found[side][-1]["first_loss"] for side in SIDES)
         if abs(ours - peer) > TOLERANCE * abs(peer):
-            raise SystemExit(f"{task}: the loss of the first samples is {ours:.6f} here, {peer:.6f} there: not the same model or data")
+            raise SystemExit(f"{task}: the first samples' loss is {ours:.6f}, the peer's {peer:.6f}: not the same model or data")
     report: dict[str, Any] = {}
     for name, chosen in (("first_epoch", slice(0, 1)), ("later_epochs", slice(1, None))):
         speed = {
@@ -416,12 +417,15 @@ def compare(task: str, samples: int, folder: Path, arguments: list[str], rounds:
             if results[0]["epochs"][chosen]
         }
         if speed:
-            report[name] = {side: round(value, 3) for side, value in speed.items()} | {"ratio": round(speed["ours"] / speed["peer"], 2)}
-    memory = {side: min(r["peak_memory_mb"] for r in results) for side, results in found.items()}
-    report["peak_memory_mb"] = {side: round(value) for side, value in memory.items()} | {"ratio": round(memory["ours"] / memory["peer"], 2)}
+            report[name] = with_ratio(speed, 3)
+    report["peak_memory_mb"] = with_ratio({side: min(r["peak_memory_mb"] for r in results) for side, results in found.items()}, 1)
     report["first_loss"] = {side: round(results[-1]["first_loss"], 6) for side, results in found.items()}
     report |= {name: found["ours"][0][name] for name in ("precision", "threads")}
     return report
+
+
+def with_ratio(values: dict[str, float], digits: int) -> dict[str, float]:
+    return {side: round(value, digits) for side, value in values.items()} | {"ratio": round(values["ours"] / values["peer"], 2)}
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -432,7 +436,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--batching", choices=("grouped", "packed"), default="grouped", help="of our side; the peer groups by length")
+    parser.add_argument("--batching", choices=("grouped", "packed"), default="grouped", help="of our side")
     parser.add_argument("--row_length", type=int, help="tokens of a packed row")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters of the task lora")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of both sides")

@@ -60,6 +60,7 @@ class ProjectorConfig:
             `pool` (the mean of factor x factor patches, then two layers);
             `resampler` (learned queries attend to the patches: a fixed number of tokens).
         factor: Side of the block of patches that `pixel_shuffle` or `pool` joins; must divide the patch grid.
+        drop: Share of the patches that `pool` leaves out of its means in training, others each time: against learning by heart.
         queries: Tokens an image that `resampler` makes.
         heads: Attention heads of `resampler`.
         width: Hidden width of the two layers; null is the language model's width.
@@ -67,6 +68,7 @@ class ProjectorConfig:
 
     kind: Literal["linear", "mlp2x_gelu", "pixel_shuffle", "pool", "resampler"] = "pixel_shuffle"
     factor: int = 2
+    drop: float = 0.0
     queries: int = 64
     heads: int = 8
     width: int | None = None

@@ -111,6 +111,8 @@ def language_dtype(name: str) -> torch.dtype:
     """Float type that a tensor of a converted language model is stored in: float16, and float32 for the norms.
 
     SmolLM2-135M from Q4_1: float16 moves a weight by at most 2.0e-3 (4.1e-4 of its tensor's largest), bfloat16 by 1.4e-2.
+    On 20 prompts the greedy text of 16 tokens is that of float32 with either; the most likely next token is the same at all
+    prompt positions with float16, at 99.86 % with bfloat16, which takes as much space.
     """
     import torch
 

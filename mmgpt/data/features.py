@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 from mmgpt.data.images import image_key, open_image
 from mmgpt.errors import UserError
@@ -73,7 +72,8 @@ class FeatureCache:
             if array.dtype != np.float16 or array.ndim != 2:
                 raise ValueError
             os.utime(path)
-        except (OSError, ValueError, EOFError, BadZipFile):
+        except Exception:
+            # What numpy raises for a damaged header is almost any type, down to those of Python's parser.
             self.misses += 1
             return None
         self.hits += 1

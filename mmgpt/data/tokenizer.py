@@ -37,12 +37,13 @@ class Tokenizer:
         # With this set a special token inside text is split like any other text.
         backend.encode_special_tokens = True
         # SentencePiece vocabularies put a space in front of every text by themselves.
-        self.prepends_space = backend.encode("x", add_special_tokens=False).tokens[0].startswith("▁")
+        self.prepends_space = "".join(backend.encode("x", add_special_tokens=False).tokens).startswith("▁")
         self.image_id = self.control(IMAGE_TOKEN)
         self.eos = eos or self._first_of("<|im_end|>", "<|endoftext|>", "</s>", "<|eot_id|>", "<eos>", "[SEP]")
         self.eos_id = self.control(self.eos)
         # Padding that looks like the end of an answer teaches a model to stop early or never: it is another token.
-        choices = [pad, "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>", "<|unk|>", backend.id_to_token(0)]
+        choices = [pad, "<|pad|>", "<|padding|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>", "<|unk|>"]
+        choices += [backend.id_to_token(0), backend.id_to_token(1)]
         self.pad = next(name for name in choices if name and name != self.eos and self.has(name))
         self.pad_id = self.control(self.pad)
 

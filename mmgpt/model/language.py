@@ -78,7 +78,10 @@ def make_language(architecture: dict[str, Any], tokenizer: Tokenizer, *, initial
         if initialize:
             _reject_unknown(AutoConfig.for_model(model_type), architecture)
         language = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    except (ValueError, KeyError, TypeError) as error:
+    except UsageError:
+        raise
+    except Exception as error:
+        # transformers checks a configuration with exception types of its own.
         raise UsageError(f"model.language.architecture: {error}") from error
     if initialize:
         scaled = 0.02 / math.sqrt(2 * config.num_hidden_layers)

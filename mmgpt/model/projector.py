@@ -80,10 +80,10 @@ class Pool(Projector):
     MM1 (McKinzie et al. 2024, section 3.2) found pooling as good as costlier ways to make tokens fewer.
     """
 
-    def __init__(self, grid: tuple[int, int], width: int, hidden: int, factor: int, inner: int):
+    def __init__(self, grid: tuple[int, int], width: int, hidden: int, factor: int, inner: int, drop: float):
         super().__init__()
         _check_factor(grid, factor)
-        self.grid, self.factor = grid, factor
+        self.grid, self.factor, self.drop = grid, factor, drop
         self.tokens = grid[0] * grid[1] // factor**2
         self.norm = ActNorm(width)
         self.fc1 = nn.Linear(width, inner)
@@ -93,10 +93,15 @@ class Pool(Projector):
         return self.fc2(nn.functional.gelu(self.fc1(self.norm(self.pool(features)))))
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
-        """[N, rows * columns, D] -> [N, T, D]."""
-        number, _, width = features.shape
+        """[N, rows * columns, D] -> [N, T, D]; in training, the mean is over those patches that were not dropped."""
+        number, patches, width = features.shape
         rows, columns, f = *self.grid, self.factor
-        return features.view(number, rows // f, f, columns // f, f, width).mean((2, 4)).flatten(1, 2)
+        shape = number, rows // f, f, columns // f, f
+        if not (self.training and self.drop):
+            return features.view(*shape, width).mean((2, 4)).flatten(1, 2)
+        kept = (torch.rand(number, patches, device=features.device) >= self.drop).to(features.dtype)
+        total = (features * kept[..., None]).view(*shape, width).sum((2, 4))
+        return (total / kept.view(*shape).sum((2, 4)).clamp(min=1)[..., None]).flatten(1, 2)
 
 
 def _check_factor(grid: tuple[int, int], factor: int) -> None:
@@ -180,5 +185,5 @@ def make_projector(config: ProjectorConfig, *, grid: tuple[int, int], width: int
     if config.kind == "pixel_shuffle":
         return PixelShuffle(grid, width, hidden, config.factor, inner)
     if config.kind == "pool":
-        return Pool(grid, width, hidden, config.factor, inner)
+        return Pool(grid, width, hidden, config.factor, inner, config.drop)
     return Resampler(patches, width, hidden, config.queries, config.heads)

@@ -128,8 +128,8 @@ def _create(config: VisionConfig, info: dict[str, Any], *, pretrained: bool = Fa
 class _LayerNorm(nn.LayerNorm):
     """open_clip's: timm's default has another epsilon."""
 
-    def __init__(self, width: int):
-        super().__init__(width, eps=1e-5)
+    def __init__(self, width: int, **place: Any):
+        super().__init__(width, eps=1e-5, **place)
 
 
 def _from_timm(config: VisionConfig) -> tuple[Any, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """From samples to batches: what a resumed epoch, several ranks and broken pictures lead to."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import VIT, noise, talk
@@ -32,13 +34,19 @@ def loader(items, report=None, images=None, **settings) -> BatchLoader:
     own = {name: settings.pop(name) for name in names if name in settings}
     config = DataConfig(**{"batch_size": 4, "max_length": 128, "row_length": 160, **settings})
     return BatchLoader(
-        items, config, pad_id=TOKENIZER.pad_id, images=images, report=report or RejectionReport(None), **{"seed": 0, **own}
+        items,
+        config,
+        pad_id=TOKENIZER.pad_id,
+        images=images,
+        report=RejectionReport(None) if report is None else report,
+        **{"seed": 0, **own},
     )
 
 
 def same(a, b) -> bool:
     tensors = ("input_ids", "position_ids", "segment_ids", "targets")
-    return a.where == b.where and a.target_count == b.target_count and all(torch.equal(getattr(a, n), getattr(b, n)) for n in tensors)
+    equal = all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
+    return equal and a.where == b.where and a.target_count == b.target_count
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +73,20 @@ def test_epochs_hold_every_sample_once_in_another_order(batching):
 def test_a_resumed_loader_gives_the_very_same_batches(encoder, workers):
     items = [item(i, noise(i) if i % 2 else None) for i in range(23)]
     images = ImageSource(encoder, None, frozen=False, augment=encoder.preprocess.augment)
-    whole = [batch for _ in range(2) for batch in loader(items, images=images)]
+    again = loader(items, images=images)
+    expected = [*again, *again]
     for stop in (1, 4, 6) if workers == 0 else (4,):
         first = loader(items, images=images, workers=workers)
         seen = []
         for batch in first:
             seen.append(batch)
             if len(seen) == stop:
-                state = first.state_dict()
                 break
+        state = first.state_dict()
         resumed = loader(items, images=images, workers=workers)
         resumed.load_state_dict(state)
-        while len(seen) < len(whole):
+        while len(seen) < len(expected):
             seen += list(resumed)
-        # `whole` was made by two loaders, both at epoch 0; the resumed one goes on to epoch 1.
-        again = loader(items, images=images)
-        expected = [*again, *again]
         assert len(seen) == len(expected) == 12
         for a, b in zip(seen, expected):
             assert same(a, b) and a.images.keys == b.images.keys
@@ -118,8 +124,8 @@ def test_ranks_share_an_epoch_out():
 def test_a_broken_picture_is_left_out_and_reported(tmp_path, encoder, workers):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     items = [item(i, noise(i)) for i in range(9)]
-    items[4] = item(4, str(tmp_path / "bad.png"))
-    items[6] = item(6, str(tmp_path / "gone.png"))
+    items[4] = item(4, tmp_path / "bad.png")
+    items[6] = item(6, tmp_path / "gone.png")
     report = RejectionReport(tmp_path / "bad_samples.jsonl")
     images = ImageSource(encoder, None, frozen=False)
     batches = loader(items, report, images, max_bad=0.5, workers=workers)
@@ -136,7 +142,7 @@ def test_a_broken_picture_is_left_out_and_reported(tmp_path, encoder, workers):
 
 
 def test_a_batch_of_broken_pictures_alone_is_skipped(tmp_path, encoder):
-    items = [item(i, str(tmp_path / "gone.png") if i == 1 else None) for i in range(3)]
+    items = [item(i, tmp_path / "gone.png" if i == 1 else None) for i in range(3)]
     images = ImageSource(encoder, None, frozen=False)
     batches = list(loader(items, images=images, batch_size=1, max_bad=1.0))
     assert sorted(batch.where[0] for batch in batches) == ["data:0", "data:2"]
@@ -167,19 +173,22 @@ def test_samples_become_items_or_say_why_not():
 def test_load_items_counts_everything():
     report = RejectionReport(None)
     sources = [SourceConfig(path="shapes", split="train", limit=30), SourceConfig(path="shapes", split="val", limit=5)]
-    items, total = load_items(sources, render, max_length=90, report=report, seed=0)
-    assert total == 35 and len(items) + len(report) == 35 and 0 < len(report) < 35
-    assert set(report.counts) == {"too_long"} and all(len(found.encoded) <= 90 for found in items)
+    everything, _ = load_items(sources, render, max_length=1000, report=report, seed=0)
+    middle = sorted(len(found.encoded) for found in everything)[17]
+    items, total = load_items(sources, render, max_length=middle, report=report, seed=0)
+    assert total == len(everything) == 35 and len(items) + len(report) == 35 and 0 < len(report) < 35
+    assert set(report.counts) == {"too_long"} and all(len(found.encoded) <= middle for found in items)
 
 
 def test_holdout_keeps_a_picture_on_one_side():
-    items = [item(i, f"photo{i // 3}.jpg") for i in range(60)]
+    items = [item(i, Path(f"photo{i // 3}.jpg")) for i in range(60)]
     train, held = split_holdout(items, 0.2, seed=1)
     assert len(held) == 12 and len(train) == 48
     assert not {i.sample.images[0] for i in train} & {i.sample.images[0] for i in held}
     assert split_holdout(items, 0.2, seed=1) == (train, held)
     assert split_holdout(items, 0.2, seed=2) != (train, held)
-    assert split_holdout(items, 0.0, seed=1) == (items, [])
+    everything, nothing = split_holdout(items, 0.0, seed=1)
+    assert sorted(i.sample.where for i in everything) == sorted(i.sample.where for i in items) and nothing == []
     assert split_holdout(items[:3], 0.5, seed=1) == (items[:3], [])  # one picture cannot be on both sides
 
 

@@ -13,12 +13,12 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=60)
 
 
 @st.composite
-def encoded_rows(draw, samples=st.integers(1, 3)):
+def encoded_rows(draw):
     """Rows of samples of distinct ids, with a random loss mask."""
     rows, next_id = [], 1
     for _ in range(draw(st.integers(1, 4))):
         row = []
-        for _ in range(draw(samples)):
+        for _ in range(draw(st.integers(1, 3))):
             flags = draw(st.lists(st.booleans(), min_size=1, max_size=7))
             row.append(Encoded(list(range(next_id, next_id + len(flags))), flags, [f"image {next_id}"]))
             next_id += len(flags)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import bpe, bpe_tokenizer, noise, talk
 
-from mmgpt.data.messages import MessageError, assistant, normalize, user
+from mmgpt.data.messages import MessageError, assistant, normalize, text_of, user
 from mmgpt.data.template import TEMPLATES, encode, get_template
 from mmgpt.data.tokenizer import IMAGE_TOKEN, Tokenizer
 from mmgpt.errors import UsageError, UserError
@@ -66,7 +66,8 @@ def test_chatml_equals_transformers_rendering(transformers_tokenizer, conversati
     template = get_template("chatml")
     for prompt in (False, True):
         messages = conversation[:-1] if prompt else conversation
-        expected = transformers_tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)
+        texts = [{"role": m["role"], "content": text_of(m)} for m in normalize(messages)]
+        expected = transformers_tokenizer.apply_chat_template(texts, add_generation_prompt=prompt, return_dict=True)
         assert encode(normalize(messages), BPE, template, 0, prompt=prompt).ids == expected["input_ids"]
 
 

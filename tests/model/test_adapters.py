@@ -75,7 +75,7 @@ def test_named_targets():
     language = tiny_model("llama", vision=False).language
     add_lora(language, LoraConfig(rank=2, targets=["q_proj", "v_proj"]))
     assert {name.split(".")[-4] for name in adapters(language)} == {"q_proj", "v_proj"} and len(adapters(language)) == 8
-    with pytest.raises(UsageError, match="no layer is called.*q_proj.*all-linear"):
+    with pytest.raises(UsageError, match=r"no layer is called.*q_proj.*all-linear"):
         add_lora(tiny_model("llama", vision=False).language, LoraConfig(rank=2, targets=["query"]))
 
 

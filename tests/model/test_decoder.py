@@ -172,44 +172,27 @@ fbgemm = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_e
 
 
 @fbgemm
-@pytest.mark.parametrize(("weights", "error"), [("fp16", 2e-3), ("int8", 3e-2)])
 @pytest.mark.parametrize("name", ["grouped", "one kv head, biases"])
-def test_stored_in_fewer_bits(weights, error, name):
+def test_stored_in_half_precision(name):
     model = build(MODELS[name])
     rows = random_rows(12, 5)
     expected = torch.stack([full(model, torch.cat((row, torch.tensor([9])))) for row in rows])
-    decoder = Decoder.from_language(model, weights)
+    decoder = Decoder.from_language(model, "fp16")
     _, cache = decoder.prefill(*padded(model, rows))
     logits = decoder.step(torch.tensor([9, 9]), cache)
-    assert 0 < (logits - expected).abs().max() < error * expected.std() * 10
-    assert (logits - expected).std() < error * expected.std()
+    assert 0 < (logits - expected).abs().max() < 0.02 * expected.std()
+    assert (logits - expected).std() < 2e-3 * expected.std()
 
 
 @fbgemm
-@pytest.mark.parametrize("weights", ["fp16", "int8"])
-def test_a_row_never_depends_on_its_neighbours(weights):
+def test_a_row_never_depends_on_its_neighbours():
     torch.manual_seed(0)
-    product = {"fp16": decoder_module.fp16_product, "int8": decoder_module.int8_product}[weights]
-    multiply = product(torch.randn(40, 32), torch.randn(40))
+    multiply = decoder_module.fp16_product(torch.randn(40, 32), torch.randn(40))
     row = torch.randn(1, 32)
     alone = multiply(row)
     for scale in (1e-6, 1.0, 1e6):
         batch = torch.cat((torch.randn(2, 32) * scale, row, torch.zeros(1, 32)))
         torch.testing.assert_close(multiply(batch)[2:3], alone, atol=1e-6, rtol=1e-6)
-
-
-@fbgemm
-def test_int8_survives_large_entries():
-    """Few entries a hundred times larger than the rest, as the input of a Llama's down projection has them."""
-    torch.manual_seed(0)
-    weight, x = torch.randn(64, 256), torch.randn(3, 256)
-    x[:, 7] = 200
-    exact = x @ weight.T
-    levels = weight.abs().amax(1, keepdim=True) / 127
-    rounded = x @ ((weight / levels).round() * levels).T
-    found = decoder_module.int8_product(weight, None)(x)
-    # What rounding the input costs stays below what rounding the weights does; one part of 7 bits would cost about 15.
-    assert (found - rounded).abs().max() < 0.6 < (rounded - exact).abs().max()
 
 
 @fbgemm
@@ -242,10 +225,10 @@ def test_bf16_model_on_any_machine():
 
 
 def test_impossible_formats_are_refused():
-    with pytest.raises(UsageError, match="int4"):
-        Decoder.from_language(build(MODELS["plain"]), "int4")
+    with pytest.raises(UsageError, match="int8"):
+        Decoder.from_language(build(MODELS["plain"]), "int8")
     with pytest.raises(UsageError, match="GPT2LMHeadModel"):
-        Decoder.from_language(build(OTHERS["gpt2"]), "int8")
+        Decoder.from_language(build(OTHERS["gpt2"]), "fp16")
 
 
 def test_adapters_go_through_transformers():

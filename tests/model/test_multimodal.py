@@ -89,6 +89,10 @@ def test_loss_equals_cross_entropy_with_ignored_labels(family):
     expected = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum")
     result = model.loss(batch)
     torch.testing.assert_close(result.loss, expected, atol=1e-4, rtol=1e-6)
+    # Smoothed: (1 - e) of the loss, and e of the mean loss over the whole vocabulary.
+    log_probs = logits.log_softmax(-1)[batch.targets >= 0]
+    smoothed = 0.9 * expected - 0.1 * log_probs.mean(-1).sum()
+    torch.testing.assert_close(model.loss(batch, label_smoothing=0.1).loss, smoothed, atol=1e-3, rtol=1e-5)
     learnt = batch.targets >= 0
     assert result.count == int(learnt.sum()) == batch.supervised
     assert result.correct == int((logits.argmax(-1) == batch.targets)[learnt].sum())
@@ -105,7 +109,7 @@ def test_a_loss_in_chunks_is_the_same(monkeypatch, chunk):
     monkeypatch.setattr(multimodal, "LOSS_CHUNK", chunk)
     sizes = []
     chunk_loss = model._chunk_loss
-    monkeypatch.setattr(model, "_chunk_loss", lambda rows, targets: sizes.append(len(rows)) or chunk_loss(rows, targets))
+    monkeypatch.setattr(model, "_chunk_loss", lambda rows, *rest: sizes.append(len(rows)) or chunk_loss(rows, *rest))
     result = model.loss(batch)
     result.loss.backward()
     assert max(sizes) <= chunk < result.count

@@ -14,7 +14,8 @@ TOKENS = {"linear": 24, "mlp2x_gelu": 24, "pixel_shuffle": 6, "pool": 6, "resamp
 
 def make(kind, grid=GRID, **changes):
     torch.manual_seed(0)
-    return make_projector(ProjectorConfig(kind=kind, **{"queries": 3, "heads": 2, **changes}), grid=grid, width=WIDTH, hidden=HIDDEN)
+    config = ProjectorConfig(kind=kind, **{"queries": 3, "heads": 2, **changes})
+    return make_projector(config, grid=grid, width=WIDTH, hidden=HIDDEN)
 
 
 def test_every_kind_of_the_configuration_is_tested():
@@ -103,3 +104,15 @@ def test_resampler_knows_where_patches_stand_and_checks_its_heads():
 def test_width_is_the_hidden_layer():
     assert make("pixel_shuffle", width=11).fc1.out_features == 11
     assert isinstance(make("pixel_shuffle"), PixelShuffle) and make("pixel_shuffle").fc1.out_features == HIDDEN
+
+
+@torch.no_grad()
+def test_features_are_evened_out_by_what_is_seen_of_them():
+    """A few channels a hundred times larger than the rest, as before a ViT's final norm."""
+    projector = make("pool")
+    features = torch.randn(50, 24, WIDTH) * torch.tensor([100.0, 1.0, 0.1, 3.0, 1.0]) + torch.tensor([50.0, 0.0, 1.0, -3.0, 0.0])
+    assert torch.equal(projector.norm(features), features)
+    projector.initialize(features)
+    evened = projector.norm(features).flatten(0, 1)
+    torch.testing.assert_close(evened.mean(0), torch.zeros(WIDTH), atol=1e-4, rtol=0)
+    torch.testing.assert_close(evened.std(0), torch.ones(WIDTH), atol=1e-4, rtol=0)

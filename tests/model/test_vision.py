@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from tiny_models import VIT, enliven
 from timm.models.vision_transformer import VisionTransformer
+from tiny_models import VIT, enliven
 
 from mmgpt.config import VisionConfig
 from mmgpt.data.images import Preprocess
@@ -110,7 +110,9 @@ def test_a_directory_is_read_and_may_be_used_at_another_size(directory):
     assert (larger.trunk.pos_embed[:, 1:].mean(1) - trunk.pos_embed[:, 1:].mean(1)).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "no config", "bad config", "key missing", "other shape", "lacks", "unknown"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "no config", "bad config", "key missing", "other shape", "lacks", "unknown"]
+)
 def test_broken_directories_are_named(directory, damage):
     config, trunk, folder = directory
     weights, description = folder / "model.safetensors", folder / "config.json"

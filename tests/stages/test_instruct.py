@@ -183,7 +183,7 @@ def test_a_model_of_text_alone_learns_and_cannot_be_aligned():
     torch.manual_seed(0)
     model = tiny_model("gpt2", vision=False)
     _, _, losses = fit(model, run_config(lr=3e-3), [talk("Say it.", "I said it.")] * 8, epochs=10)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     with pytest.raises(UsageError, match="every part is frozen"):
         Instruct(model, run_config(stage="align"), None, total_steps=1)
 
