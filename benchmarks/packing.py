@@ -83,6 +83,9 @@ class Conversations:
 
 def build(options: argparse.Namespace) -> MultimodalGPT:
     """Language model and projector; the encoder is left out, its features are there already."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     settings = LanguageConfig()
     tokenizer = load_tokenizer(settings)
     language: Any = load_language(settings, tokenizer)

@@ -29,8 +29,10 @@ ASK = REPOSITORY / "demo" / "ask.py"
 # In a process of its own: memory that this one had taken would be counted as that of the processes it starts.
 MAKE_MODEL = """
 import sys
+from transformers.utils import logging
 from mmgpt.config import ModelConfig
 from mmgpt.model.multimodal import MultimodalGPT
+logging.disable_progress_bar()
 MultimodalGPT.from_config(ModelConfig()).save_pretrained(sys.argv[1], full=False)
 """
 MAKE_PICTURE = """

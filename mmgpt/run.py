@@ -155,6 +155,8 @@ class Run:
                 self._finish(model, stage, validation, seconds)
             except KeyboardInterrupt:
                 raise Stopped(f"stopped before the report was written.{self._what_is_kept()}") from None
+            except UserError as error:
+                raise type(error)(f"{str(error).rstrip('.')}.{self._what_is_kept()}") from error
         return 0
 
     # Before training

@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mmgpt.config import RunConfig
 from mmgpt.errors import UsageError, run_cli
@@ -44,8 +44,10 @@ def parse(arguments: list[str] | None = None) -> RunConfig:
     for position, argument in enumerate(arguments):
         if argument == "--config" and position + 1 < len(arguments):
             arguments[position + 1] = str(find_config(arguments[position + 1]))
+            check_file(Path(arguments[position + 1]))
         elif argument.startswith("--config="):
             arguments[position] = f"--config={find_config(argument.removeprefix('--config='))}"
+            check_file(Path(arguments[position].removeprefix("--config=")))
     parser = ArgumentParser(prog="python -m mmgpt.train", exit_on_error=False, allow_abbrev=False, description=__doc__)
     parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
     parser.add_class_arguments(RunConfig)
@@ -55,6 +57,44 @@ def parse(arguments: list[str] | None = None) -> RunConfig:
         return RunConfig(**parser.instantiate(settings).as_dict())
     except Exception as error:
         raise UsageError(explain(str(error), known_keys(RunConfig))) from error
+
+
+def check_file(path: Path) -> None:
+    """Find what is wrong with the shape of a configuration file, where the parser would only say that something is.
+
+    Raises:
+        UsageError: not YAML (with the line), not a mapping, or a key that does not exist, at any depth.
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise UsageError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    _check_shape(settings, RunConfig, "", path)
+
+
+def _check_shape(settings: Any, config: type, prefix: str, path: Path) -> None:
+    if not isinstance(settings, dict):
+        found = f"{prefix.rstrip('.') or 'the file'} is {'empty' if settings is None else str(settings)[:60]}"
+        keys = ", ".join(get_type_hints(config))
+        raise UsageError(f"{path}: {found}, but must be a mapping with keys of {keys}")
+    hints = get_type_hints(config)
+    for key, value in settings.items():
+        if key not in hints:
+            raise UsageError(f"{path}: {explain(f'key {prefix}{key} is not expected', known_keys(RunConfig))}")
+        for inner in (hints[key], *get_args(hints[key])):
+            if not dataclasses.is_dataclass(inner):
+                continue
+            if get_origin(hints[key]) is list:
+                for element in value if isinstance(value, list) else []:
+                    _check_shape(element, inner, f"{prefix}{key}.", path)  # type: ignore[arg-type]
+            elif value is not None:
+                _check_shape(value, inner, f"{prefix}{key}.", path)  # type: ignore[arg-type]
 
 
 def known_keys(config: type, prefix: str = "") -> list[str]:
@@ -83,9 +123,15 @@ def explain(message: str, keys: list[str]) -> str:
             leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], list(leaves), 1)
         ]
         return f"unknown key {name}" + (f": did you mean {near[0]}?" if near else "") + " (--print_config shows every key)"
-    # jsonargparse indents its explanation; the first lines say what and where, the rest repeats the type.
+    # jsonargparse indents its explanation; the first lines say what and where, the rest repeats the type. In a choice of
+    # types, what is wrong comes after a list of them.
+    message = re.sub(r"Does not validate against any of the Union subtypes\s+Subtypes: .*\s+Errors:\s+-?", "", message)
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    return " ".join(lines[:4])
+    text = re.sub(r'[Pp]arser key "([\w.]+)":', r"\1:", " ".join(lines[:4]))
+    text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
+    text = re.sub(r"[Ee]xpected an? <class '(\w+)'>", r"expected \1", text)
+    text = re.sub(r"[Ee]xpected an? typing\.Literal\[(.*?)\]", r"expected one of \1", text)
+    return text.replace(". Got value:", ", got")
 
 
 def _quiet() -> None:

@@ -202,7 +202,7 @@ def test_full_disk_while_exporting(
         patch.setattr(Run, "_finish", with_little_room)
         assert train(config, "--run_dir", str(tmp_path / "run")) == 1
     errors = capsys.readouterr().err
-    assert "Traceback" not in errors and "error: cannot write" in errors and "--resume true" in errors
+    assert "Traceback" not in errors and "error: cannot save the model in" in errors and "--resume true" in errors
     assert not (tmp_path / "run" / "model").exists()
     assert train(config, "--run_dir", str(tmp_path / "run"), "--resume", "true") == 0
     assert_same_run(tmp_path / "run", uninterrupted)

@@ -60,7 +60,8 @@ class Decoder(ABC):
             raise UsageError(f"weights {weights!r} is not one of {', '.join(get_args(Weights))}")
         first = next(language.parameters())
         own = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(first.dtype, str(first.dtype))
-        if weights == "auto":
+        automatic = weights == "auto"
+        if automatic:
             weights = "bf16" if own == "bf16" and has_bf16(first.device) else "fp32"
         if weights == "bf16" and not has_bf16(first.device):
             raise UsageError("this machine has no bf16 instructions; use weights fp32 or fp16")
@@ -69,7 +70,7 @@ class Decoder(ABC):
         obstacle = _obstacle(language)
         if obstacle is None:
             return LlamaDecoder(language, weights, release=release)
-        if weights != own:
+        if weights != own and not automatic:
             raise UsageError(f"weights {weights} need a Llama-like model ({obstacle}); use auto")
         return TransformersDecoder(language)
 

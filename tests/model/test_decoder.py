@@ -215,11 +215,12 @@ def test_bf16_where_the_machine_has_it():
     assert (logits[0] - full(model, random_rows(6)[0])).abs().max() < 0.1 * logits.std()
 
 
-def test_bf16_model_on_any_machine():
-    model = build(MODELS["grouped"]).bfloat16()
+@pytest.mark.parametrize("name", ["grouped", "gpt2"])
+def test_bf16_model_on_any_machine(name):
+    model = build({**MODELS, **OTHERS}[name]).bfloat16()
     ids = random_rows(6)[0]
     embeds = model.get_input_embeddings()(ids)[None].detach()
-    logits, _ = Decoder.from_language(model).prefill(embeds, torch.tensor([6]))
+    logits, _ = Decoder.from_language(model, "auto").prefill(embeds, torch.tensor([6]))
     expected = full(model.float(), ids)
     assert (logits[0] - expected).abs().max() < 0.1 * expected.std()
 
