@@ -75,7 +75,7 @@ def split_holdout(items: list[Item], share: float, seed: int) -> tuple[list[Item
 
 def build_batch(
     rows: Sequence[Sequence[Item]], images: ImageSource | None, rng: random.Random, *, pad_id: int, target_count: int
-) -> tuple[Batch | None, list[Rejected]]:
+) -> tuple[Batch, list[Rejected]]:
     """Open the images of a batch's samples and collate what is usable.
 
     Args:
@@ -86,7 +86,8 @@ def build_batch(
         target_count: What the loss of the batch is divided by.
 
     Returns:
-        The batch (None where nothing is left of it), and the samples left out because an image is broken.
+        The batch, and the samples left out because an image is broken. Where nothing is left, the batch holds one pad token and
+        no target: it takes its place among the batches of its step, and every rank takes as many.
     """
     kept: list[list[Item]] = []
     prepared: list[Prepared] = []
@@ -105,7 +106,9 @@ def build_batch(
         if usable:
             kept.append(usable)
     if not kept:
-        return None, rejected
+        blank = collate([[Encoded([pad_id], [False], [])]], pad_id, target_count=target_count)
+        blank.images, blank.samples = merge_prepared([]), 0
+        return blank, rejected
     where = [item.sample.where for row in kept for item in row]
     batch = collate([[item.encoded for item in row] for row in kept], pad_id, where=where, target_count=target_count)
     if batch.supervised == 0:
@@ -217,10 +220,9 @@ class BatchLoader:
             if rejected:
                 self.report.check(len(self.items), self.config.max_bad)
             self.position += 1
-            if batch is not None:
-                yield batch
+            yield batch
 
-    def build(self, epoch: int, number: int) -> tuple[Batch | None, list[Rejected]]:
+    def build(self, epoch: int, number: int) -> tuple[Batch, list[Rejected]]:
         """Batch `number` of an epoch, and the samples that had to be left out of it."""
         plan = self._plan(epoch)
         group = self.accumulate * self.world
@@ -249,5 +251,5 @@ class _Jobs:
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def __getitem__(self, index: int) -> tuple[Batch | None, list[Rejected]]:
+    def __getitem__(self, index: int) -> tuple[Batch, list[Rejected]]:
         return self.loader.build(*self.jobs[index])

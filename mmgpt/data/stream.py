@@ -107,11 +107,9 @@ class StreamLoader:
                 if number < start or number >= self.total:
                     continue
                 self.position = number + 1
-                batch = self._build(window, number, targets)
-                if batch is not None:
-                    yield batch
+                yield self._build(window, number, targets)
 
-    def _build(self, window: Sequence[Item], number: int, targets: int) -> Batch | None:
+    def _build(self, window: Sequence[Item], number: int, targets: int) -> Batch:
         lengths = [len(item.encoded) for item in window]
         capacity = self.config.row_length or self.config.max_length
         packed = self.config.batching == "packed"

@@ -206,7 +206,8 @@ class MultimodalGPT(nn.Module):
         hidden = self.hidden(batch)
         learnt = batch.targets >= 0
         rows, targets = hidden[learnt], batch.targets[learnt]
-        total = rows.new_zeros((), dtype=torch.float32)
+        # The sum of nothing keeps the graph, so that a batch without targets has a (zero) gradient like any other.
+        total = rows[:0].float().sum()
         correct = torch.zeros((), device=rows.device, dtype=torch.long)
         many = rows.shape[0] > LOSS_CHUNK and torch.is_grad_enabled()
         for start in range(0, rows.shape[0], LOSS_CHUNK):

@@ -144,6 +144,7 @@ def _from_timm(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def _from_directory(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
+    from accelerate import init_empty_weights
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -157,7 +158,9 @@ def _from_directory(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is not an image encoder (config.json with a timm architecture): {error}") from error
     info = {**stored, "image_size": config.image_size or stored["image_size"]}
-    trunk = _create(config, info)
+    # Without memory and random numbers for weights that the file's replace.
+    with init_empty_weights(include_buffers=False):
+        trunk = _create(config, info)
     if info["image_size"] != stored["image_size"]:
         from timm.layers import resample_abs_pos_embed
 
@@ -165,7 +168,8 @@ def _from_directory(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
             state["pos_embed"].float(), list(trunk.patch_embed.grid_size), num_prefix_tokens=trunk.num_prefix_tokens
         )
     try:
-        missing, unexpected = trunk.load_state_dict(state, strict=False)
+        state = {key: value.float() for key, value in state.items()}
+        missing, unexpected = trunk.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         raise UserError(f"{folder} does not fit {info['architecture']}: {error}") from error
     missing = [key for key in missing if not key.startswith(("norm.", "fc_norm.", "head"))]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import VIT, noise, talk
+from tiny_models import VIT, noise, talk, tiny_model
 
 from mmgpt.config import DataConfig, SourceConfig, VisionConfig
 from mmgpt.data.features import ImageSource
@@ -141,11 +141,20 @@ def test_a_broken_picture_is_left_out_and_reported(tmp_path, encoder, workers):
         list(loader(items, RejectionReport(None), images, max_bad=0.01, workers=workers))
 
 
-def test_a_batch_of_broken_pictures_alone_is_skipped(tmp_path, encoder):
+def test_a_batch_of_broken_pictures_alone_keeps_its_place_without_teaching(tmp_path, encoder):
     items = [item(i, tmp_path / "gone.png" if i == 1 else None) for i in range(3)]
     images = ImageSource(encoder, None, frozen=False)
     batches = list(loader(items, images=images, batch_size=1, max_bad=1.0))
-    assert sorted(batch.where[0] for batch in batches) == ["data:0", "data:2"]
+    assert sorted(batch.where[0] for batch in batches if batch.where) == ["data:0", "data:2"]
+    (blank,) = [batch for batch in batches if not batch.where]
+    assert blank.supervised == blank.samples == 0
+    # Its loss is zero and still has a gradient, which backward and data-parallel ranks wait for.
+    model = tiny_model("llama")
+    blank.images = None
+    loss = model.loss(blank).loss
+    loss.backward()
+    assert float(loss) == 0
+    assert any(parameter.grad is not None for parameter in model.language.parameters())
 
 
 def test_an_epoch_without_anything_to_learn_is_an_error():

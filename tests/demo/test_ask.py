@@ -195,11 +195,11 @@ def test_options_arrive(ask: Any) -> None:
         "--device",
         "cpu",
         "--precision",
-        "int8",
+        "fp16",
     ]
     assert ask(model, *options, "Hello") == 0
     assert model.sampling == [{"max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 3}]
-    assert model.loads == [{"device": "cpu", "precision": "int8"}]
+    assert model.loads == [{"device": "cpu", "precision": "fp16"}]
 
 
 @pytest.mark.parametrize("question", [[], [""], ["  "]])
