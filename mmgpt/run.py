@@ -150,6 +150,11 @@ class Run:
             weights_only=True,
         )
         seconds = time.perf_counter() - started
+        if config.trainer.strategy == "fsdp":
+            # Every rank holds a shard: all gather what was learnt, and it goes into a whole model.
+            learnt = trainer.strategy.lightning_module_state_dict()
+            model = MultimodalGPT.from_config(config.model)
+            model.load_state_dict({key.removeprefix("model."): value for key, value in learnt.items()}, strict=False)
         if trainer.is_global_zero:
             try:
                 self._finish(model, stage, validation, seconds)
@@ -172,7 +177,7 @@ class Run:
             if not self.checkpoint.is_file():
                 raise UsageError(f"nothing to resume: {self.checkpoint} does not exist; leave --resume away to start anew")
             # What a killed process was writing when it died.
-            for stray in (path for pattern in (".model-*", ".*.tmp", ".metrics.csv-*") for path in folder.glob(pattern)):
+            for stray in (path for pattern in (".model-*", ".*.tmp*", ".metrics.csv-*") for path in folder.glob(pattern)):
                 shutil.rmtree(stray) if stray.is_dir() else stray.unlink(missing_ok=True)
             return
         if folder.is_dir() and int(os.environ.get("LOCAL_RANK", 0)) == 0 and (found := {path.name for path in folder.iterdir()}):
@@ -319,7 +324,7 @@ class Run:
         return L.Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
-            strategy=settings.strategy,
+            strategy=self._strategy(model),
             precision=self.precision,  # type: ignore[arg-type]
             max_epochs=settings.epochs,
             max_steps=settings.max_steps or -1,
@@ -336,6 +341,14 @@ class Run:
             num_sanity_val_steps=0,
             log_every_n_steps=1,
         )
+
+    def _strategy(self, model: MultimodalGPT) -> Any:
+        """Lightning's strategy; FSDP shards block by block and gathers whole weights for checkpoints and export."""
+        if self.config.trainer.strategy != "fsdp":
+            return self.config.trainer.strategy
+        from lightning.pytorch.strategies import FSDPStrategy
+
+        return FSDPStrategy(auto_wrap_policy={type(block) for block in model.blocks}, state_dict_type="full")
 
     def _extra_logger(self) -> list[Any]:
         kind = self.config.trainer.logger

@@ -107,8 +107,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 # Code
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "python" for b in blocks(page))], ids=lambda p: p.name)
-def test_python_blocks_run_in_their_order(page: Path, workplace: Path) -> None:
+@pytest.mark.parametrize("name", ["README.md", "docs/answering.md"])
+def test_python_blocks_run_in_their_order(name: str, workplace: Path) -> None:
+    page = REPOSITORY / name
     names: dict[str, Any] = {}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -148,7 +149,8 @@ def test_own_pictures_as_readme_says(workplace: Path, capsys: pytest.CaptureFixt
     arguments = next(words for words in commands(block) if "--show_batch" in words)
     tiny = [f"--{key}={value}" for key, value in TINY.items() if key.startswith(("model", "trainer"))]
     assert main([*arguments[3:], *tiny, "--model.projector.factor", "1"]) == 0
-    assert "A red door." in capsys.readouterr().out
+    # One of the two pictures is set aside for validation.
+    assert re.search(r"A red door\.|A gate, half open\.", capsys.readouterr().out.replace("\n", " "))
 
 
 @pytest.mark.parametrize("layout", ["photos/metadata.csv", "classes"])
@@ -179,8 +181,7 @@ def test_cheap_commands_run(workplace: Path) -> None:
 @pytest.mark.parametrize("name", [name for name, words in COMMANDS.items() if words[:3] == ["python", "-m", "mmgpt.train"]])
 def test_training_commands_parse(name: str, workplace: Path) -> None:
     words = [word for word in COMMANDS[name][3:] if word not in ("--print_config", "--help")]
-    if any(word.startswith("[--") for word in words):
-        return  # a synopsis
+    words = [word if word != "NAME" else "quickstart" for word in words]
     assert isinstance(parse(words), RunConfig)
 
 
@@ -264,7 +265,7 @@ def test_configuration_keys_that_are_named_exist(page: Path) -> None:
     keys = {*known_keys(RunConfig), *(f"data.{key}" for key in ("train", "validation"))}
     sections = {key.split(".")[0] for key in keys if "." in key}
     for named in re.findall(rf"`((?:{'|'.join(sorted(sections))})\.[\w.]+)[ `]", page.read_text(encoding="utf-8")):
-        assert named in keys, named
+        assert named in keys or named.endswith((".py", ".safetensors", ".ask", ".load", ".generate", ".stream")), named
 
 
 def test_configurations_of_readme_are_all_there_are() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,18 +39,33 @@ def write_report(
             f"(95 % interval {low:.1%} to {high:.1%}).",
             "",
         ]
-    lines += [f"Training took {seconds:.0f} s.", "", "![loss](loss.png)", ""]
+    lines += [f"Training took {seconds:.0f} s.", "", "![loss](loss.png) ![accuracy](accuracy.png)", ""]
     for sample in _spread(answered, config.evaluate.examples):
         prompt, _ = prompt_of(sample.messages)
         shown = _save_pictures(folder, sample.messages, len(pictures))
         pictures += shown
         lines += [f"![]({path.relative_to(folder)})" for path in shown]
-        lines += ["", f"**{_question(prompt)}**", "", f"> {sample.answer or '(no answer)'}", ""]
-        lines += [f"{'Exact' if sample.exact else 'Reference'}: {sample.reference}", ""]
-    fresh = folder / ".samples.md"
-    fresh.write_text("\n".join(lines), encoding="utf-8")
-    os.replace(fresh, folder / "samples.md")
+        lines += ["", f"**{_one_line(_question(prompt))}**", "", f"> {_one_line(sample.answer) or '(no answer)'}", ""]
+        lines += [f"{'Exact' if sample.exact else 'Reference'}: {_one_line(sample.reference)}", ""]
+    with _replacing(folder / "samples.md") as fresh:
+        fresh.write_text("\n".join(lines), encoding="utf-8")
     return pictures
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` when the block is left, and is removed where it fails."""
+    fresh = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        yield fresh
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _one_line(text: str) -> str:
+    """A line break would end the bold text or the quotation."""
+    return " ".join(text.split())
 
 
 def _spread(samples: Sequence[Answered], count: int) -> list[Answered]:
@@ -69,7 +85,8 @@ def _save_pictures(folder: Path, messages: Sequence[Message], before: int) -> li
         path.parent.mkdir(exist_ok=True)
         picture = open_image(image)
         picture.thumbnail((512, 512))
-        picture.save(path, quality=90)
+        with _replacing(path) as fresh:
+            picture.save(fresh, quality=90)
         paths.append(path)
     return paths
 
@@ -93,22 +110,34 @@ def plot_metrics(folder: Path) -> None:
             if not points:
                 continue
             steps, values = zip(*points)
-            if label == "training":
-                axes.plot(steps, values, alpha=0.25, color="tab:blue")
-                axes.plot(steps, _smooth(values), color="tab:blue", label="training (smoothed)")
+            if label == "validation":
+                axes.plot(steps, values, "o-", color="tab:orange", markersize=4, label=label, zorder=3)
+            elif len(steps) < 10:
+                axes.plot(steps, values, ".-", color="tab:blue", label=label)
             else:
-                axes.plot(steps, values, "o-", color="tab:orange", label=label)
-        axes.set(xlabel="step", ylabel=title)
+                axes.plot(steps, values, alpha=0.25, color="tab:blue")
+                axes.plot(steps, _smooth(values, reach=min(10, len(values) // 20)), color="tab:blue", label="training, smoothed")
+        axes.set(xlabel="optimizer step", ylabel=title, title=folder.name)
+        axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
+        if name == "accuracy.png":
+            axes.set_ylim(-0.02, 1.02)
+        elif axes.has_data():
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         if axes.has_data():
-            axes.legend()
-        figure.savefig(folder / name, dpi=120)
+            axes.legend(frameon=False, loc="lower right" if name == "accuracy.png" else "upper right")
+        with _replacing(folder / name) as fresh:
+            figure.savefig(fresh, dpi=120)
         pyplot.close(figure)
 
 
-def _smooth(values: Sequence[float], window: int = 20) -> list[float]:
-    """Mean over the last `window` values."""
-    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+def _smooth(values: Sequence[float], reach: int) -> list[float]:
+    """Mean over up to `reach` values on either side, as many on the one as on the other: a slope is not shifted."""
+    result = []
+    for i in range(len(values)):
+        side = min(reach, i, len(values) - 1 - i)
+        result.append(sum(values[i - side : i + side + 1]) / (2 * side + 1))
+    return result
 
 
 def show_batch(model: MultimodalGPT, loader: Iterable[Batch]) -> None:

@@ -228,13 +228,18 @@ class MultimodalGPT(nn.Module):
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
         return loss, (logits.detach().argmax(-1) == targets).sum()
 
-    def compile_blocks(self) -> None:
-        """`torch.compile` every decoder block; they share one compilation, so it takes seconds, not minutes."""
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder's layers."""
         base: Any = self.language.base_model
         blocks = getattr(base, "layers", None) or getattr(base, "h", None)
         if blocks is None:
-            raise UserError(f"trainer.compile: {type(base).__name__} has no list of blocks that is known here")
-        for block in blocks:
+            raise UserError(f"{type(base).__name__} has no list of blocks that is known here: neither `layers` nor `h`")
+        return list(blocks)
+
+    def compile_blocks(self) -> None:
+        """`torch.compile` every decoder block; they share one compilation, so it takes seconds, not minutes."""
+        for block in self.blocks:
             block.compile(dynamic=True)
 
     # Prompts and answers
