@@ -85,7 +85,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import lightning as L
     import numpy as np
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
     from mmgpt.artifacts import resolve
@@ -130,6 +130,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     theirs.model.multi_modal_projector.linear_1.load_state_dict(ours.projector.fc1.state_dict())
     theirs.model.multi_modal_projector.linear_2.load_state_dict(ours.projector.fc2.state_dict())
     theirs.save_pretrained(folder / "llava")
+    save_file(ours.projector.state_dict(), folder / "projector.safetensors")
     preprocess = ours.vision.preprocess
     pixels = [torch.stack([preprocess(open_image(image)) for image in item.encoded.images]) for item in items]
     np.save(folder / "pixels.npy", torch.cat(pixels).numpy())
@@ -184,6 +185,7 @@ def train_ours(options: argparse.Namespace, task: str, folder: Path) -> dict[str
 
     import lightning as L
     import torch
+    from safetensors.torch import load_file
 
     from mmgpt.data.features import ImageSource
     from mmgpt.data.loader import Item, build_batch
@@ -211,8 +213,10 @@ def train_ours(options: argparse.Namespace, task: str, folder: Path) -> dict[str
             self.first: list[Item] = []
             self.first_loss = 0.0
 
-        def _items(self, *arguments: Any) -> tuple[list[Item], list[Item]]:
-            train, validation = super()._items(*arguments)
+        def _items(self, model: MultimodalGPT, *arguments: Any) -> tuple[list[Item], list[Item]]:
+            assert model.projector is not None
+            model.projector.load_state_dict(load_file(folder / "projector.safetensors"))  # the one both sides start from
+            train, validation = super()._items(model, *arguments)
             self.first = train[: options.batch_size]
             return train, validation
 

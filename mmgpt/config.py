@@ -39,7 +39,7 @@ class VisionConfig:
         image_size: Side of the square the image is brought to, a multiple of the patch; null is the encoder's own.
             Position embeddings are interpolated, so that a smaller square trades detail for speed.
         resize: `crop` the centre as CLIP does, `squash` to a square (everything stays visible), or `pad` the short side.
-        options: Architecture arguments for `timm.create_model`, for an encoder from scratch (`timm:NAME` with `pretrained: false`).
+        options: Architecture arguments for `timm.create_model`, for an encoder from scratch (`pretrained: false`).
         lora: Adapters in the encoder; they train at `optimizer.lr.vision`.
     """
 

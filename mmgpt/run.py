@@ -25,7 +25,7 @@ from mmgpt.data.rejections import RejectionReport
 from mmgpt.data.sources import read_source
 from mmgpt.data.stream import StreamLoader
 from mmgpt.errors import UsageError, UserError
-from mmgpt.evaluate.captioning import SampleAnswers, exact_match
+from mmgpt.evaluate.captioning import Answered, SampleAnswers, Score, exact_match
 from mmgpt.evaluate.report import show_batch, write_report
 from mmgpt.loop.checkpoint import Checkpointer, Stopped
 from mmgpt.loop.metrics import MetricsFile
@@ -393,12 +393,15 @@ class Run:
         exported = self.folder / "model"
         model.save_pretrained(exported, full=config.export == "all")
         say(f"trained in {seconds:.0f} s; model in {exported}")
-        score, answered = None, []
+        score: Score | None = None
+        answered: list[Answered] = []
         items = validation
         if config.evaluate.source is not None:
             sources = [config.evaluate.source]
             report = RejectionReport(self.folder / "bad_samples.jsonl")
-            items, _ = load_items(sources, model.encode, max_length=config.data.max_length, report=report, seed=config.trainer.seed)
+            items, _ = load_items(
+                sources, model.encode, max_length=config.data.max_length, report=report, seed=config.trainer.seed
+            )
         if items and config.evaluate.final != 0:
             import mmgpt
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -165,17 +166,28 @@ def test_layouts_of_own_pictures_may_be_named_by_a_relative_path(layout: str, wo
 # Commands
 
 
-def test_cheap_commands_run(workplace: Path) -> None:
-    """Those marked to be run, and the listing and the answer of README's first run."""
+def test_commands_marked_to_be_run(workplace: Path) -> None:
     marked = [words for block in SHELL if block.mark == "run" for words in commands(block)]
-    asked = next(words for words in COMMANDS.values() if words[:2] == ["python", "demo/ask.py"] and "--json" in words)
     assert len(marked) >= 3
-    for words in [*marked, [word if word != "-" else "photo.jpg" for word in asked]]:
+    for words in marked:
         script = [str(REPOSITORY / word) if word.startswith("demo/") else word for word in words[1:]]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run([sys.executable, *script], capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, (words, done.stderr)
         assert done.stdout.strip(), words
+
+
+def test_asking_with_json_answers_as_documented(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """README's command, and the keys that docs/answering.md names."""
+    from demo.ask import main as ask
+
+    words = next(words for words in COMMANDS.values() if "demo/ask.py" in words and {"photo.jpg", "--json"} <= set(words))
+    assert ask(words[2:]) == 0
+    result = json.loads(capsys.readouterr().out)
+    page = (REPOSITORY / "docs" / "answering.md").read_text(encoding="utf-8")
+    described = page[page.index("`--json` prints") : page.index("or `error`")]
+    assert set(re.findall(r"`(\w+)`", described)) == set(result)
+    assert result["model"].endswith("quickstart/model")
 
 
 @pytest.mark.parametrize("name", [name for name, words in COMMANDS.items() if words[:3] == ["python", "-m", "mmgpt.train"]])

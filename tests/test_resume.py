@@ -29,10 +29,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the run's own code gets to handle it."""
-
-
 def keep_checkpoints(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Copy every checkpoint, and metrics.csv as it was then, as a kill right after would have left them."""
     write = Checkpointer._write
@@ -71,7 +67,7 @@ def test_resumed_equals_uninterrupted(whole: tuple[Path, Path]) -> None:
 
 
 def test_uninterrupted_run_logs_every_step_and_validation(whole: tuple[Path, Path]) -> None:
-    config, folder = whole
+    folder = whole[1]
     rows = metric_rows(folder / "whole")
     assert [int(row["step"]) for row in rows] == list(range(len(rows)))
     validated = [int(row["step"]) for row in rows if row.get("val/loss")]

@@ -225,8 +225,7 @@ def test_checkpoint_of_another_shape(
     arguments = ("--run_dir", str(run), "--resume", "true")
     assert train(config, *arguments, "--model.projector.width", "24") == 1
     errors = capsys.readouterr().err
-    assert re.search(r"error: \S+last\.ckpt does not fit this configuration: projector\S+ is \[\d+, 16\] in .*\[\d+, 24\]|"
-                     r"error: \S+last\.ckpt does not fit this configuration: projector\S+ is \[16, \d+\] in .*\[24, \d+\]", errors)
+    assert re.search(r"error: \S+last\.ckpt does not fit this configuration: projector\S+ is \[.*\b16\b.*\] in .*\b24\b", errors)
     assert "model.projector.width (None -> 24)" in errors
     assert (run / "config.yaml").read_text() == stored
 

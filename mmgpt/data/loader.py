@@ -208,7 +208,7 @@ class BatchLoader:
         workers = self.config.workers
         # A generator of its own: by default DataLoader draws a seed from the global one, which a resumed run must not.
         loader: Any = DataLoader(
-            _Jobs(self, jobs),
+            _Jobs(self, jobs),  # type: ignore[arg-type]
             batch_size=None,
             num_workers=workers,
             prefetch_factor=4 if workers else None,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 
@@ -15,6 +15,8 @@ from mmgpt.config import EvaluateConfig
 from mmgpt.data.messages import Message, text_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mmgpt.data.features import ImageSource
     from mmgpt.data.loader import Item
     from mmgpt.model.multimodal import MultimodalGPT
@@ -79,7 +81,9 @@ def answer_items(
     from mmgpt.generate import Sampling, generate
 
     pairs = [prompt_of(item.sample.messages) for item in items]
-    before, model.image_source = model.image_source, images if images is not None and images.frozen else None
+    before = model.image_source
+    # A frozen encoder's features are asked for with references only, and always there.
+    model.image_source = cast("Callable[[Sequence[Any]], Tensor]", images) if images is not None and images.frozen else None
     try:
         sampling = Sampling(max_new_tokens=config.max_new_tokens)
         answers = generate(model, [prompt for prompt, _ in pairs], sampling, batch_size=config.batch_size)

@@ -79,7 +79,7 @@ def _question(prompt: Sequence[Message]) -> str:
 
 
 def _save_pictures(folder: Path, messages: Sequence[Message], before: int) -> list[Path]:
-    paths = []
+    paths: list[Path] = []
     for image in images_of(messages):
         path = folder / "examples" / f"{before + len(paths) + 1}.jpg"
         path.parent.mkdir(exist_ok=True)

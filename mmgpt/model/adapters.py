@@ -27,7 +27,8 @@ def add_lora(module: nn.Module, config: LoraConfig) -> None:
     if not chosen:
         names = sorted({name.split(".")[-1] for name in linear})
         raise UsageError(f"no layer is called {targets}; LoRA targets can be {', '.join(names)}, or all-linear")
-    settings = PeftLora(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=chosen)
+    alpha: Any = config.alpha  # peft's annotation says int; its arithmetic is that of floats
+    settings = PeftLora(r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=chosen)
     inject_adapter_in_model(settings, module)
 
 

@@ -41,11 +41,12 @@ def load_language(config: LanguageConfig, tokenizer: Tokenizer) -> PreTrainedMod
 
     folder = Path(artifacts.resolve(config.name, kind="language"))
     try:
-        language, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
         )
     except Exception as error:
         raise UserError(f"{folder} is not a language model that transformers reads: {error}") from error
+    language, found = loaded
     if found["missing_keys"]:
         # transformers only warns, and leaves them random.
         raise UserError(f"{folder} lacks weights: {', '.join(sorted(found['missing_keys'])[:3])}; copy it again")
@@ -99,6 +100,12 @@ def _reject_unknown(defaults: Any, architecture: dict[str, Any]) -> None:
             near = difflib.get_close_matches(name, defaults.to_dict(), 1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise UsageError(f"model.language.architecture: {defaults.model_type} has no argument {name}{hint}")
+
+
+def width_of(language: PreTrainedModel) -> int:
+    """Width H of an input embedding."""
+    embedding: Any = language.get_input_embeddings()
+    return int(embedding.embedding_dim)
 
 
 def logits_of(language: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from mmgpt.data.template import Encoded, encode, get_template
 from mmgpt.data.tokenizer import Tokenizer
 from mmgpt.errors import UserError
 from mmgpt.model.adapters import add_lora, merge_lora
-from mmgpt.model.language import hidden_states, load_language, load_tokenizer, logits_of, make_language
+from mmgpt.model.language import hidden_states, load_language, load_tokenizer, logits_of, make_language, width_of
 from mmgpt.model.projector import Projector, make_projector
 from mmgpt.model.vision import VisionEncoder, load_vision
 
@@ -104,7 +104,7 @@ class MultimodalGPT(nn.Module):
         if config.vision is not None:
             vision = load_vision(config.vision)
             projector = make_projector(
-                config.projector, grid=vision.grid, width=vision.width, hidden=language.get_input_embeddings().embedding_dim
+                config.projector, grid=vision.grid, width=vision.width, hidden=width_of(language)
             )
         model = cls(config, tokenizer, language, vision, projector)
         model.add_adapters()
@@ -144,15 +144,24 @@ class MultimodalGPT(nn.Module):
     def context(self) -> int:
         """Longest sequence the language model has positions for."""
         settings = self.language.config
-        return int(getattr(settings, "max_position_embeddings", None) or getattr(settings, "n_positions", 1 << 20))
+        for name in ("max_position_embeddings", "n_positions"):
+            if getattr(settings, name, None):
+                return int(getattr(settings, name))
+        return 1 << 20
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The language model's token embedding."""
+        embedding: Any = self.language.get_input_embeddings()
+        return embedding
 
     @property
     def device(self) -> torch.device:
-        return self.language.get_input_embeddings().weight.device
+        return self.embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.language.get_input_embeddings().weight.dtype
+        return self.embedding.weight.dtype
 
     # Forward
 
@@ -166,7 +175,7 @@ class MultimodalGPT(nn.Module):
 
         Args:
             input_ids: [B, L].
-            images: Pixels [N, 3, S, S] or patch features [N, P, D], in the order of their placeholders; None where there are none.
+            images: Pixels [N, 3, S, S] or patch features [N, P, D], in the order of their placeholders; None: no images.
             where: Samples of the batch, for the message.
 
         Returns:
@@ -176,7 +185,7 @@ class MultimodalGPT(nn.Module):
             MessageError: `image_count` where placeholders and feature rows differ in number.
         """
         slots = input_ids == self.tokenizer.image_id
-        embeds = self.language.get_input_embeddings()(input_ids.masked_fill(slots, 0))
+        embeds = self.embedding(input_ids.masked_fill(slots, 0))
         placeholders = int(slots.sum())
         if images is None or images.shape[0] == 0:
             rows = embeds.new_zeros(0, embeds.shape[-1])
@@ -401,7 +410,7 @@ class MultimodalGPT(nn.Module):
             language = load_language(config.language, tokenizer)
         if config.vision is not None:
             vision = load_vision(config.vision, info=description["vision_info"] if "vision" in altered else None)
-            hidden = language.get_input_embeddings().embedding_dim
+            hidden = width_of(language)
             projector = make_projector(config.projector, grid=vision.grid, width=vision.width, hidden=hidden)
         model = cls(config, tokenizer, language, vision, projector)
         model.altered |= altered

@@ -198,7 +198,8 @@ def _from_open_clip(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
         "interpolation": "bicubic",
     }
     if hasattr(visual, "trunk"):
-        raise UsageError(f"{config.name} is a timm tower inside open_clip: name it as timm:{visual.trunk.default_cfg['architecture']}")
+        inner = visual.trunk.default_cfg["architecture"]
+        raise UsageError(f"{config.name} is a timm tower inside open_clip: name it as timm:{inner}")
     block = visual.transformer.resblocks[0]
     width = visual.conv1.out_channels
     info["vit"] = {

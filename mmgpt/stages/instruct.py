@@ -106,16 +106,17 @@ class Instruct(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         loss, count, correct = (sum(column) for column in zip(*self._validation)) if self._validation else (0.0, 0, 0)
-        if count:
-            totals = torch.tensor([loss, count, correct], dtype=torch.float64)
-            if self.trainer.world_size > 1:
-                totals = self.all_gather(totals.float()).double().sum(0).cpu()
+        totals = torch.tensor([loss, count, correct], dtype=torch.float64)
+        if self.trainer.world_size > 1:
+            gathered: Any = self.all_gather(totals.float())
+            totals = gathered.double().sum(0).cpu()
+        if totals[1] > 0:
             self.log("val/loss", float(totals[0] / totals[1]), prog_bar=True, batch_size=1)
             self.log("val/token_accuracy", float(totals[2] / totals[1]), batch_size=1)
         # Throughput is of training: the time spent here does not count.
         self._clock += time.perf_counter() - self._pause
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what learns: frozen parts are found by name again, and a checkpoint stays small."""
         state = super().state_dict(*args, **kwargs)
         learnt = {f"{kwargs.get('prefix', '')}{name}" for name, p in self.named_parameters() if p.requires_grad}

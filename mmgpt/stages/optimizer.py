@@ -47,7 +47,8 @@ def parameter_groups(model: nn.Module, rates: dict[str, float], weight_decay: fl
         if module is None or rate == 0:
             continue
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 matrix = parameter.dim() >= 2 and name.endswith("weight") and id(parameter) not in embeddings
@@ -78,7 +79,7 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW and its schedule, to be stepped once an optimizer step."""
     groups = parameter_groups(model, rates, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=tuple(config.betas), eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: rate_factor(step, total_steps, config.warmup, config.final_lr)
     )
