@@ -90,16 +90,12 @@ def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from mmgpt.artifacts import resolve
     from mmgpt.data.images import open_image
-    from mmgpt.data.loader import load_items
-    from mmgpt.data.rejections import RejectionReport
     from mmgpt.model.multimodal import MultimodalGPT
 
     config = run_config(options, "align", folder)
     L.seed_everything(config.trainer.seed, verbose=False)
     ours = MultimodalGPT.from_config(config.model)
-    items, _ = load_items(
-        config.data.train, ours.encode, max_length=MAX_LENGTH, report=RejectionReport(None), seed=config.trainer.seed
-    )
+    items = samples_of(config, ours)
     # The peer looks every id up before it puts the images in: their token must be one that its vocabulary has.
     used = {token for item in items for token in item.encoded.ids} | {ours.tokenizer.pad_id}
     stand_in = next(token for token in range(ours.tokenizer.text_vocabulary) if token not in used)
@@ -148,6 +144,15 @@ def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "image_tokens": ours.tokens_per_image,
         "tokens_per_sample": round(sum(len(item.encoded) for item in items) / len(items), 1),
     }
+
+
+def samples_of(config: Any, model: Any) -> list[Any]:
+    """The samples of a run, encoded, in the order of their source."""
+    from mmgpt.data.loader import load_items
+    from mmgpt.data.rejections import RejectionReport
+
+    report, seed = RejectionReport(None), config.trainer.seed
+    return load_items(config.data.train, model.encode, max_length=MAX_LENGTH, report=report, seed=seed)[0]
 
 
 def timm_to_clip(state: dict[str, Any]) -> dict[str, Any]:
@@ -216,9 +221,9 @@ def train_ours(options: argparse.Namespace, task: str, folder: Path) -> dict[str
         def _items(self, model: MultimodalGPT, *arguments: Any) -> tuple[list[Item], list[Item]]:
             assert model.projector is not None
             model.projector.load_state_dict(load_file(folder / "projector.safetensors"))  # the one both sides start from
-            train, validation = super()._items(model, *arguments)
-            self.first = train[: options.batch_size]
-            return train, validation
+            # In the order of the source, as the peer's samples are; a run shuffles its own.
+            self.first = samples_of(self.config, model)[: options.batch_size]
+            return super()._items(model, *arguments)
 
         def _set_precision(self, model: MultimodalGPT, device: torch.device) -> None:
             # Here the model is still in fp32.

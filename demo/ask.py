@@ -41,7 +41,7 @@ MAX_STDIN_BYTES = 256 * 2**20
 NO_MODEL = """no trained model that accepts images in {folders}
 train one with
     python -m mmgpt.train
-(the quickstart: about three minutes on two CPU cores once its parts are downloaded), or name one with --model"""
+(the quickstart: some minutes on two CPU cores), or name one with --model"""
 
 EPILOG = """\
 without a question: on a terminal a chat (/help lists its commands), otherwise "Describe this image."

@@ -42,7 +42,7 @@ FREE_KEYS = (
 )  # fmt: skip
 
 
-CALIBRATION_IMAGES = 32
+CALIBRATION_IMAGES = 64
 """Images whose features the projector sees before its first step."""
 
 

@@ -136,7 +136,10 @@ def explain(message: str, keys: list[str]) -> str:
 
 def _quiet() -> None:
     """Keep the libraries' advertisements, and warnings that no user can act on, out of the log."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    import lightning.pytorch  # noqa: F401  (sets its own log level when imported)
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in (".*isinstance.treespec, LeafSpec.*", ".*module.s. in eval mode.*", ".*does not have many workers.*"):
         warnings.filterwarnings("ignore", message=pattern)
     from transformers.utils import logging as transformers_logging

@@ -176,7 +176,7 @@ def read_folder(path: str, source: SourceConfig) -> Iterator[Row | Rejected]:
         captions = "text" if described else "class"
     for image in images:
         if captions == "class" and classes[image]:
-            yield Row(str(image), {"label": classes[image]} | split, [str(image)], root)
+            yield Row(str(image), {"label": classes[image]} | split, [str(image)])
         elif captions == "text" and str(image) in described:
             text_file = image.with_suffix(".txt")
             try:
@@ -184,7 +184,7 @@ def read_folder(path: str, source: SourceConfig) -> Iterator[Row | Rejected]:
             except (OSError, UnicodeDecodeError) as error:
                 yield Rejected("bad_text", str(text_file), f"not readable as UTF-8: {error}")
                 continue
-            yield Row(str(image), {"caption": text} | split, [str(image)], root)
+            yield Row(str(image), {"caption": text} | split, [str(image)])
         elif captions == "class" or os.path.normpath(image) not in described:
             wanted = {"metadata": "no metadata names it", "text": "no .txt beside it", "class": "not in a class folder"}
             yield Rejected("no_caption", str(image), wanted[captions])

@@ -12,6 +12,8 @@ from mmgpt.data.tokenizer import Tokenizer
 from mmgpt.errors import UsageError
 
 _CONTROL = re.compile(r"(<\|[a-z_]+\|>|</?s>)")
+END = "<|end|>"
+"""In a template: whatever token the tokenizer ends an answer with."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,13 @@ TEMPLATES = {
         after={"system": " ", "user": " "},
     ),
     # Image, then caption, without words around them: LLaVA's first stage, and plain text.
-    "plain": ChatTemplate("plain", before={"system": "", "user": "", "assistant": ""}, end="<|endoftext|>"),
+    "plain": ChatTemplate("plain", before={"system": "", "user": "", "assistant": ""}, end=END),
 }
+
+
+def control_id(tokenizer: Tokenizer, piece: str) -> int:
+    """Id of a template's control token. Raises UserError where the tokenizer lacks it."""
+    return tokenizer.eos_id if piece == END else tokenizer.control(piece)
 
 
 def get_template(name: str) -> ChatTemplate:
@@ -110,7 +117,7 @@ class _Builder:
     def add_template(self, text: str, supervised: bool = False) -> None:
         for piece in _CONTROL.split(text):
             if _CONTROL.fullmatch(piece):
-                self.add_ids([self.tokenizer.control(piece)], supervised)
+                self.add_ids([control_id(self.tokenizer, piece)], supervised)
             elif piece:
                 self.add_text(piece, supervised)
 

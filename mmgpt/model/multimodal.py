@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mmgpt.config import LanguageConfig, LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mmgpt.data.messages import Message, MessageError, normalize, user
 from mmgpt.data.packing import Batch, block_mask
-from mmgpt.data.template import Encoded, encode, get_template
+from mmgpt.data.template import Encoded, control_id, encode, get_template
 from mmgpt.data.tokenizer import Tokenizer
 from mmgpt.errors import UserError
 from mmgpt.model.adapters import add_lora, merge_lora
@@ -98,7 +98,7 @@ class MultimodalGPT(nn.Module):
             return cls.from_pretrained(config.init_from).restart(config)
         tokenizer = load_tokenizer(config.language)
         # A template that does not fit is reported before the large part is read.
-        tokenizer.control(get_template(config.template).end)
+        control_id(tokenizer, get_template(config.template).end)
         language = load_language(config.language, tokenizer)
         vision = projector = None
         if config.vision is not None:

@@ -89,6 +89,12 @@ class Pool(Projector):
         self.fc1 = nn.Linear(width, inner)
         self.fc2 = nn.Linear(inner, hidden)
 
+    def initialize(self, features: torch.Tensor) -> None:
+        # Means vary less than what they are means of: the norm has to see what it will be given.
+        training, self.training = self.training, False
+        self.norm.initialize(self.pool(features.float()))
+        self.training = training
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.fc2(nn.functional.gelu(self.fc1(self.norm(self.pool(features)))))
 
