@@ -242,3 +242,18 @@ def test_broken_checkpoint(tmp_path: Path, whole: tuple[Path, Path], capsys: pyt
     assert train(whole[0], "--run_dir", str(run), "--resume", "true") == 1
     errors = capsys.readouterr().err
     assert "last.ckpt is not a checkpoint of this project" in errors and "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_nano_configuration_learns(tmp_path: Path) -> None:
+    """configs/nano/shapes.yaml as a user starts it: from nothing to a model that sees, in a minute on two free cores."""
+    from mmgpt.loop.metrics import read_metrics
+
+    process = start("--config", "configs/nano/shapes.yaml", "--run_dir", str(tmp_path / "nano"))
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    names = {path.name for path in (tmp_path / "nano").iterdir()}
+    assert names >= {"config.yaml", "metrics.csv", "loss.png", "accuracy.png", "samples.md", "examples", "model"}
+    assert read_metrics(tmp_path / "nano" / "metrics.csv")["val/token_accuracy"][-1][1] > 0.9
+    share = re.search(r"exact answers on \d+ held-out samples: ([\d.]+)%", errors)
+    assert share and float(share[1]) > 50  # blind guesses reach 19 %: one colour in 6, one shape in 3, one pair in 18

@@ -50,6 +50,10 @@ def load_language(config: LanguageConfig, tokenizer: Tokenizer) -> PreTrainedMod
     if found["missing_keys"]:
         # transformers only warns, and leaves them random.
         raise UserError(f"{folder} lacks weights: {', '.join(sorted(found['missing_keys'])[:3])}; copy it again")
+    for parameter in language.parameters():
+        if parameter.dim() == 1:
+            # In a half-precision file the norms are stored in single: read in place, they alone would keep all of it mapped.
+            parameter.data = parameter.data.clone()
     return language
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,4 +33,11 @@ def load_for_answering(path: str | Path, *, device: str = "auto", precision: str
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model.to(place, dtype)
     model.decoder = Decoder.from_language(model.language, precision, release=precision == "fp16")  # type: ignore[arg-type]
+    _return_freed_memory()
     return model.eval()
+
+
+def _return_freed_memory() -> None:
+    """Give the system back what the decoder freed when it joined matrices; glibc keeps such holes, 240 MB for a model of 135M."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

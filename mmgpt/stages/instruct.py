@@ -113,7 +113,9 @@ class Instruct(L.LightningModule):
         if totals[1] > 0:
             self.log("val/loss", float(totals[0] / totals[1]), prog_bar=True, batch_size=1)
             self.log("val/token_accuracy", float(totals[2] / totals[1]), batch_size=1)
-        # Throughput is of training: the time spent here does not count.
+
+    def on_validation_end(self) -> None:
+        # Throughput is of training: the time spent here, and on answering samples, does not count.
         self._clock += time.perf_counter() - self._pause
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

@@ -129,7 +129,7 @@ def test_vicuna_equals_the_string_of_llava():
 
 def test_plain_is_the_image_and_its_caption():
     encoded = encode(normalize([user("", [noise(0)]), assistant("A pear.")]), BYTES, get_template("plain"), 4)
-    assert encoded.ids == [BYTES.image_id] * 4 + BYTES.encode("A pear.") + [BYTES.control("<|endoftext|>")]
+    assert encoded.ids == [BYTES.image_id] * 4 + BYTES.encode("A pear.") + [BYTES.eos_id]
     assert encoded.supervised == [False] * 4 + [True] * 8
 
 

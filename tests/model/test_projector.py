@@ -109,10 +109,21 @@ def test_width_is_the_hidden_layer():
 @torch.no_grad()
 def test_features_are_evened_out_by_what_is_seen_of_them():
     """A few channels a hundred times larger than the rest, as before a ViT's final norm."""
-    projector = make("pool")
+    projector = make("pixel_shuffle")
     features = torch.randn(50, 24, WIDTH) * torch.tensor([100.0, 1.0, 0.1, 3.0, 1.0]) + torch.tensor([50.0, 0.0, 1.0, -3.0, 0.0])
     assert torch.equal(projector.norm(features), features)
     projector.initialize(features)
     evened = projector.norm(features).flatten(0, 1)
+    torch.testing.assert_close(evened.mean(0), torch.zeros(WIDTH), atol=1e-4, rtol=0)
+    torch.testing.assert_close(evened.std(0), torch.ones(WIDTH), atol=1e-4, rtol=0)
+
+
+def test_pool_evens_out_the_means_it_makes():
+    projector = make("pool").train()
+    projector.drop = 0.5
+    features = torch.randn(50, 24, WIDTH) * 10 + 3
+    projector.initialize(features)
+    assert projector.training
+    evened = projector.norm(projector.eval().pool(features)).flatten(0, 1)
     torch.testing.assert_close(evened.mean(0), torch.zeros(WIDTH), atol=1e-4, rtol=0)
     torch.testing.assert_close(evened.std(0), torch.ones(WIDTH), atol=1e-4, rtol=0)
