@@ -221,7 +221,7 @@ def brute_force(logits, temperature, top_k, top_p):
     for i in order:
         kept.append(i)
         mass += weights[i] / total
-        if mass >= top_p:
+        if top_p < 1 and mass >= top_p:  # rounded, all but the least likely can add up to 1 already
             break
     total = sum(weights[i] for i in kept)
     return {i: weights[i] / total for i in kept}

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
 from mmgpt.config import RunConfig
 from mmgpt.data.features import ImageSource, Prepared
@@ -50,8 +51,25 @@ class Instruct(L.LightningModule):
         self._clock = time.perf_counter()
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = make_optimizer(self.model, self.config.optimizer, self.rates, self.total_steps)
+        make = self.model, self.config.optimizer, self.rates, self.total_steps
+        optimizer, schedule = make_optimizer(*make, fused=not self._loss_is_scaled)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def _loss_is_scaled(self) -> bool:
+        """Whether a loss scaler stands between loss and optimizer (fp16)."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        # Lightning's mixed precision refuses to clip for a fused optimizer, because behind a loss scaler that one would unscale
+        # the gradients itself, after the clipping. In bf16 there is no scaler, and nothing to refuse.
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and not self._loss_is_scaled:
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         if isinstance(batch.images, Prepared):

@@ -75,11 +75,11 @@ def rate_factor(step: int, total: int, warmup: float, final: float) -> float:
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, rates: dict[str, float], total_steps: int
+    model: nn.Module, config: OptimizerConfig, rates: dict[str, float], total_steps: int, *, fused: bool = True
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW and its schedule, to be stepped once an optimizer step."""
+    """AdamW and its schedule, to be stepped once an optimizer step; not `fused` where a loss scaler unscales in between."""
     groups = parameter_groups(model, rates, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: rate_factor(step, total_steps, config.warmup, config.final_lr)
     )
