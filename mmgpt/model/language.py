@@ -17,6 +17,8 @@ from mmgpt.errors import UsageError, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from mmgpt.model.attention import Segments
+
 
 def load_tokenizer(config: LanguageConfig) -> Tokenizer:
     """The tokenizer a configuration names: `bytes`, or the one beside the weights."""
@@ -28,7 +30,7 @@ def load_tokenizer(config: LanguageConfig) -> Tokenizer:
 
 
 def load_language(config: LanguageConfig, tokenizer: Tokenizer) -> PreTrainedModel:
-    """The language model a configuration names, in fp32, attention through sdpa (which the block mask needs).
+    """The language model a configuration names, in fp32.
 
     Raises:
         UserError: the part cannot be found or read.
@@ -54,7 +56,7 @@ def load_language(config: LanguageConfig, tokenizer: Tokenizer) -> PreTrainedMod
         if parameter.dim() == 1:
             # In a half-precision file the norms are stored in single: read in place, they alone would keep all of it mapped.
             parameter.data = parameter.data.clone()
-    return language
+    return with_attention(language)
 
 
 def make_language(architecture: dict[str, Any], tokenizer: Tokenizer, *, initialize: bool = True) -> PreTrainedModel:
@@ -94,7 +96,31 @@ def make_language(architecture: dict[str, Any], tokenizer: Tokenizer, *, initial
             if parameter.dim() >= 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight"))
                 nn.init.normal_(parameter, std=scaled if residual else 0.02)
+    return with_attention(language)
+
+
+SEGMENTED = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "olmo2", "phi3"}
+"""Architectures whose attention is softmax(q k^T scale) v and nothing else, and is called through transformers' registry."""
+
+
+def with_attention(language: PreTrainedModel) -> PreTrainedModel:
+    """Let attention go by samples (`mmgpt.model.attention`) where the architecture allows it, else leave it to sdpa."""
+    if language.config.model_type in SEGMENTED:
+        from mmgpt.model import attention
+
+        language.set_attn_implementation(attention.register())
     return language
+
+
+def by_segments(language: PreTrainedModel) -> bool:
+    """Whether a forward should be given `Segments`: on a CPU, without a sliding window."""
+    from mmgpt.model import attention
+
+    settings: Any = language.config
+    kinds = set(getattr(settings, "layer_types", None) or [])
+    window = getattr(settings, "sliding_window", None) is not None and kinds != {"full_attention"}
+    cpu = next(language.parameters()).device.type == "cpu"
+    return cpu and not window and settings._attn_implementation == attention.NAME
 
 
 def _reject_unknown(defaults: Any, architecture: dict[str, Any]) -> None:
@@ -120,7 +146,11 @@ def logits_of(language: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def hidden_states(
-    language: PreTrainedModel, embeds: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None
+    language: PreTrainedModel,
+    embeds: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    segments: Segments | None = None,
 ) -> torch.Tensor:
     """Run the decoder blocks.
 
@@ -130,11 +160,21 @@ def hidden_states(
         position_ids: [B, L]; None counts from 0 in every row.
         mask: [B, 1, L, L] bool (`packing.block_mask`), or None for plain causal attention, which has the faster kernel and is
             right wherever a row holds one sample with its padding behind it.
+        segments: Where the samples stand; takes the place of `mask` (see `by_segments`).
 
     Returns:
         [B, L, H], behind the final norm.
     """
     base: Any = language.base_model
+    if segments is not None:
+        # Any 4-D mask keeps transformers from making one of its own.
+        unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+        out = base(
+            inputs_embeds=embeds, position_ids=position_ids, attention_mask=unread, use_cache=False, segments=segments
+        ).last_hidden_state
+        if segments.calls < language.config.num_hidden_layers:
+            raise RuntimeError(f"{type(base).__name__} attended past the samples of its batch; see language.SEGMENTED")
+        return out
     masks = None if mask is None else _layer_masks(language.config, mask)
     # With a cache transformers would rebuild its own mask and leak between packed samples.
     return base(inputs_embeds=embeds, position_ids=position_ids, attention_mask=masks, use_cache=False).last_hidden_state

@@ -22,7 +22,8 @@ from mmgpt.data.template import Encoded, control_id, encode, get_template
 from mmgpt.data.tokenizer import Tokenizer
 from mmgpt.errors import UserError
 from mmgpt.model.adapters import add_lora, merge_lora
-from mmgpt.model.language import hidden_states, load_language, load_tokenizer, logits_of, make_language, width_of
+from mmgpt.model.attention import Segments
+from mmgpt.model.language import by_segments, hidden_states, load_language, load_tokenizer, logits_of, make_language, width_of
 from mmgpt.model.projector import Projector, make_projector
 from mmgpt.model.vision import VisionEncoder, load_vision
 
@@ -202,6 +203,9 @@ class MultimodalGPT(nn.Module):
     def hidden(self, batch: Batch) -> torch.Tensor:
         """[B, L, H] final hidden states of a batch whose `images` are tensors; samples of one row do not see each other."""
         embeds = self.embed(batch.input_ids, batch.images, batch.where)
+        if by_segments(self.language):
+            positions = batch.position_ids if batch.packed else None
+            return hidden_states(self.language, embeds, positions, None, Segments.of(batch.segment_ids))
         if batch.packed:
             return hidden_states(self.language, embeds, batch.position_ids, block_mask(batch.segment_ids))
         return hidden_states(self.language, embeds, None, None)
