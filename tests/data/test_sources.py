@@ -153,6 +153,7 @@ def test_one_broken_line_in_a_thousand(tmp_path):
     path = write_lines(tmp_path / "chat.jsonl", records)
     items = read(path)
     assert len(samples(items)) == 999 and rejected(items) == [("bad_json", f"{path}:617")]
+    assert items[616].detail.startswith("Unterminated string starting at (column ")
     report = RejectionReport(tmp_path / "bad_samples.jsonl")
     for item in items:
         if isinstance(item, Rejected):
@@ -688,6 +689,9 @@ def test_wrong_settings_are_usage_errors(tmp_path):
     with pytest.raises(UsageError, match="cannot tell the format"):
         (tmp_path / "data.xyz").touch()
         read(tmp_path / "data.xyz")
+    with pytest.raises(UsageError, match="is one picture: name the folder"):
+        (tmp_path / "photo.JPG").touch()
+        read(tmp_path / "photo.JPG")
     with pytest.raises(UsageError, match="no such file"):
         read_source(SourceConfig(path=str(tmp_path / "gone"), format="folder"))
     with pytest.raises(UsageError, match="no column split"):
