@@ -30,7 +30,7 @@ if importlib.util.find_spec("mmgpt") is None or _found is None or Path(_found.or
     sys.path.insert(0, str(REPOSITORY))
 
 from demo.guard import Answer, GateError, build_gate, check_prompt, described, gated_answer  # noqa: E402
-from mmgpt.errors import UsageError, UserError, run_cli  # noqa: E402
+from mmgpt.errors import OutputError, UsageError, UserError, run_cli, write_output  # noqa: E402
 
 if TYPE_CHECKING:
     from mmgpt.data.messages import Message
@@ -134,8 +134,11 @@ def open_picture(name: str) -> Any:
                 raise UsageError(str(error)) from error
             raise
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("--image - reads a picture from stdin, which is a terminal: pipe or redirect one into it")
+        what = "closed" if sys.stdin is None else "a terminal"
+        raise UsageError(f"--image - reads a picture from stdin, which is {what}: pipe or redirect one into it")
     data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    if not data:
+        raise UserError("--image - reads a picture from stdin, which is empty: did the command in front of the pipe fail?")
     if len(data) > MAX_STDIN_BYTES:
         raise UserError(f"stdin holds more than {MAX_STDIN_BYTES >> 20} MiB, which is no picture")
     try:
@@ -146,11 +149,14 @@ def open_picture(name: str) -> Any:
 
 def find_model(name: str | None) -> Path:
     """The model to ask: the one named, or the newest below `runs`. Raises UsageError where there is none."""
-    from demo.runs import newest_run
+    from demo.runs import holds_model, newest_run
+    from mmgpt.data.images import shortened
 
     if name is not None:
-        if not Path(name).exists():
-            raise UsageError(f"--model: there is no folder {name}")
+        if not name or not Path(name).is_dir():
+            raise UsageError(f"--model: there is no folder {shortened(name)!r}")
+        if not holds_model(Path(name)):
+            raise UsageError(f"--model: {name} holds no model: expected config.json and model.safetensors there or in its model/")
         return Path(name)
     model = newest_run([Path("runs")]) or newest_run([REPOSITORY / "runs"])
     if model is None:
@@ -220,8 +226,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def _show(text: str) -> None:
     # On a terminal an answer must not be able to move the cursor, retitle the window or the like.
-    sys.stdout.write(_CONTROL.sub("", text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    write_output(_CONTROL.sub("", text) if sys.stdout is not None and sys.stdout.isatty() else text)
 
 
 def ask_once(asker: Asker, question: str, images: Sequence[Any], *, as_json: bool, started: float) -> None:
@@ -253,7 +258,7 @@ def ask_once(asker: Asker, question: str, images: Sequence[Any], *, as_json: boo
         "seconds_to_first_token": None if answer.first_token is None else round(answer.first_token - started, 3),
         "model": str(asker.model_path),
     }
-    print(json.dumps(result), flush=True)
+    write_output(json.dumps(result) + "\n")
 
 
 def chat(asker: Asker, images: list[Any]) -> None:
@@ -343,11 +348,13 @@ def main(
     def report(error: str, exit_code: int) -> None:
         # Whoever reads the JSON gets a line of it in every case; run_cli says the same on stderr.
         if "--json" in arguments:
-            print(json.dumps({"error": error, "exit_code": exit_code}), flush=True)
+            write_output(json.dumps({"error": error, "exit_code": exit_code}) + "\n")
 
     def command() -> None:
         try:
             _run(arguments, load, generate, make_gate)
+        except OutputError:
+            raise
         except UserError as error:
             report(str(error), error.exit_code)
             raise
@@ -378,7 +385,7 @@ def _run(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     question = (args.question or "").strip()
-    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     # An empty question about a picture is one to describe it; only no question at all opens a conversation.
     to_chat = terminal and not args.json and not question and (args.question is None or not args.image)
     if not question and not to_chat and not args.image:

@@ -28,6 +28,12 @@ def newest_run(folders: Iterable[Path]) -> Path | None:
     return max(found)[1] if found else None
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is an exported model, or a run's that has one in `model/`."""
+    places = (folder / "model", folder)
+    return any((place / "config.json").is_file() and (place / "model.safetensors").is_file() for place in places)
+
+
 def accepts_images(config: Path) -> bool:
     """Whether an exported config.json describes a model with an image encoder; False for a file that is none."""
     try:

@@ -6,8 +6,11 @@ these comments. The same dataclasses are stored in a run's `config.yaml` and in 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from mmgpt.errors import UsageError
 
 Stage = Literal["align", "instruct"]
 
@@ -149,11 +152,11 @@ class DataConfig:
         train: Sources to train on.
         validation: Sources to validate on; empty sets `holdout` of the training samples aside.
         holdout: Share of the training samples for validation where no validation source is named.
-        batching: `packed` fills rows of `max_length` tokens with whole samples, attention blocked between them;
+        batching: `packed` fills rows of `row_length` tokens with whole samples, attention blocked between them;
             `grouped` puts samples of like length into one padded batch.
         max_length: Longest sample in tokens, images included; a longer one is a bad sample (never cut inside an image).
         batch_size: Samples in one forward (`grouped`), or as many as make `row_length` rows (`packed`, see there).
-        row_length: Tokens of a packed row, at least `max_length`; null is `max_length`.
+        row_length: Tokens of a packed row; null is `max_length`. A sample that is longer than a row is a bad sample, too.
         augment: Random crop, mirror and colour of the training pictures, anew in every epoch; rules the feature cache out.
         feature_cache: Keep the features of a frozen encoder on disk.
         feature_cache_gb: Most the cache may take; the oldest features go first.
@@ -299,3 +302,61 @@ class RunConfig:
     overwrite: bool = False
     resume: bool = False
     show_batch: bool = False
+
+
+_SHARE = (0.0, 1.0)
+_BELOW_ONE = (0.0, math.nextafter(1.0, 0.0))
+_ABOVE_ZERO = (math.nextafter(0.0, 1.0), math.inf)
+_FROM_ZERO = (0.0, math.inf)
+_FROM_ONE = (1.0, math.inf)
+
+# Lowest and highest value of the keys whose type takes more than makes sense; a null is not looked at.
+LIMITS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("model.vision.lora.rank", "model.language.lora.rank"), _FROM_ZERO),
+    **dict.fromkeys(("model.vision.lora.alpha", "model.language.lora.alpha"), _ABOVE_ZERO),
+    **dict.fromkeys(("model.vision.lora.dropout", "model.language.lora.dropout", "model.projector.drop"), _BELOW_ONE),
+    **dict.fromkeys((f"model.projector.{key}" for key in ("factor", "queries", "heads", "width")), _FROM_ONE),
+    "model.vision.image_size": _FROM_ONE,
+    **dict.fromkeys((f"data.{key}" for key in ("max_length", "batch_size", "row_length")), _FROM_ONE),
+    **dict.fromkeys(("data.feature_cache_gb", "data.workers"), _FROM_ZERO),
+    "data.holdout": _BELOW_ONE,
+    "data.max_bad": _SHARE,
+    **dict.fromkeys((f"optimizer.lr.{key}" for key in ("projector", "language", "vision")), _FROM_ZERO),
+    "optimizer.betas": _BELOW_ONE,
+    "optimizer.eps": _ABOVE_ZERO,
+    **dict.fromkeys(("optimizer.weight_decay", "optimizer.clip"), _FROM_ZERO),
+    **dict.fromkeys(("optimizer.warmup", "optimizer.final_lr"), _SHARE),
+    "optimizer.label_smoothing": _BELOW_ONE,
+    **dict.fromkeys(
+        (f"trainer.{key}" for key in ("epochs", "max_steps", "accumulate", "checkpoint_every", "threads")), _FROM_ONE
+    ),
+    "trainer.validate_every": _FROM_ZERO,
+    "trainer.seed": (0, 2**32 - 1),
+    **dict.fromkeys((f"evaluate.{key}" for key in ("generate", "final", "examples")), _FROM_ZERO),
+    **dict.fromkeys((f"evaluate.{key}" for key in ("max_new_tokens", "batch_size")), _FROM_ONE),
+}
+
+
+def check_values(config: RunConfig) -> None:
+    """Refuse numbers of the right type with which no run can be, before anything is loaded or written.
+
+    Raises:
+        UsageError: names the key, its value and what it may be.
+    """
+    for key, (low, high) in LIMITS.items():
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        for number in value if isinstance(value, tuple | list) else [value]:
+            # A comparison with NaN is never true.
+            if number is None or (low <= number <= high and math.isfinite(number)):
+                continue
+            raise UsageError(f"{key} is {number}, but must be {_range(low, high)}")
+
+
+def _range(low: float, high: float) -> str:
+    if low == _ABOVE_ZERO[0]:
+        return "above 0"
+    if high == math.inf:
+        return f"at least {low:g}"
+    return f"at least {low:g} and below 1" if high == _BELOW_ONE[1] else f"from {low:g} to {high:.10g}"

@@ -217,7 +217,10 @@ class Run:
             self.cursor = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
             there = {name: list(weight.shape) for name, weight in checkpoint["state_dict"].items()}
         except Exception as error:
-            raise UserError(f"{self.checkpoint} is not a checkpoint of this project: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"{self.checkpoint} is not a whole checkpoint of this project ({str(error).splitlines()[0]}): "
+                "--overwrite true starts the run anew"
+            ) from error
         wanted = {name: list(weight.shape) for name, weight in stage.state_dict().items()}
         different = [name for name in (*wanted, *there) if wanted.get(name) != there.get(name)]
         changed = self._changed_keys()
@@ -266,7 +269,9 @@ class Run:
         return train, validation
 
     def _longest(self, model: MultimodalGPT) -> int:
-        return min(self.config.data.max_length, model.context)
+        data = self.config.data
+        row = data.row_length if data.batching == "packed" and data.row_length else data.max_length
+        return min(data.max_length, row, model.context)
 
     def _images(self, model: MultimodalGPT, device: torch.device) -> ImageSource | None:
         if model.vision is None:
@@ -399,9 +404,8 @@ class Run:
         if config.evaluate.source is not None:
             sources = [config.evaluate.source]
             report = RejectionReport(self.folder / "bad_samples.jsonl")
-            items, _ = load_items(
-                sources, model.encode, max_length=config.data.max_length, report=report, seed=config.trainer.seed
-            )
+            longest = self._longest(model)
+            items, _ = load_items(sources, model.encode, max_length=longest, report=report, seed=config.trainer.seed)
         if items and config.evaluate.final != 0:
             import mmgpt
 

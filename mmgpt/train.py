@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from mmgpt.config import RunConfig
+from mmgpt.config import RunConfig, SourceConfig, check_values
 from mmgpt.errors import UsageError, run_cli
 
 
@@ -34,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> RunConfig:
     """Read the command line into a `RunConfig`.
 
     Raises:
-        UsageError: unknown key (the nearest known one is named), wrong type, missing file.
+        UsageError: unknown key (the nearest known one is named), wrong type, number out of range, missing file.
     """
     from jsonargparse import ArgumentParser
 
@@ -48,15 +49,41 @@ def parse(arguments: list[str] | None = None) -> RunConfig:
         elif argument.startswith("--config="):
             arguments[position] = f"--config={find_config(argument.removeprefix('--config='))}"
             check_file(Path(arguments[position].removeprefix("--config=")))
+    arguments = whole_sources(arguments)
     parser = ArgumentParser(prog="python -m mmgpt.train", exit_on_error=False, allow_abbrev=False, description=__doc__)
     parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
     parser.add_class_arguments(RunConfig)
     try:
         settings = parser.parse_args(arguments)
         settings.pop("config", None)
-        return RunConfig(**parser.instantiate(settings).as_dict())
+        config = RunConfig(**parser.instantiate(settings).as_dict())
     except Exception as error:
         raise UsageError(explain(str(error), known_keys(RunConfig))) from error
+    check_values(config)
+    return config
+
+
+def whole_sources(arguments: list[str]) -> list[str]:
+    """Write the defaults into sources given on the command line, as in `--data.train '[{path: photos}]'`.
+
+    jsonargparse fills what an element of a list leaves out from the element that it replaces: photos would inherit the split
+    and the limit of the configuration's own data set.
+    """
+    import yaml
+
+    result = list(arguments)
+    for position, argument in enumerate(arguments):
+        name, equals, text = argument.partition("=")
+        if name not in ("--data.train", "--data.validation") or not (equals or position + 1 < len(arguments)):
+            continue
+        try:
+            given = yaml.safe_load(text if equals else arguments[position + 1])
+        except yaml.YAMLError:
+            continue  # the parser says what is wrong with it
+        if isinstance(given, list) and all(isinstance(source, dict) for source in given):
+            filled = json.dumps([{**dataclasses.asdict(SourceConfig()), **source} for source in given], default=str)
+            result[position if equals else position + 1] = f"{name}={filled}" if equals else filled
+    return result
 
 
 def check_file(path: Path) -> None:

@@ -241,7 +241,7 @@ def test_broken_checkpoint(tmp_path: Path, whole: tuple[Path, Path], capsys: pyt
     (run / "checkpoints" / "last.ckpt").write_bytes(data[: len(data) // 2])
     assert train(whole[0], "--run_dir", str(run), "--resume", "true") == 1
     errors = capsys.readouterr().err
-    assert "last.ckpt is not a checkpoint of this project" in errors and "Traceback" not in errors
+    assert "last.ckpt is not a whole checkpoint of this project" in errors and "Traceback" not in errors
 
 
 @pytest.mark.slow

@@ -49,6 +49,15 @@ def write_lines(path: Path, good: int, bad: int) -> Path:
         (["--data.train", "[{path: nowhere.jsonl}]"], "nowhere.jsonl"),
         (["--data.train", "[]"], "data.train names no source"),
         (["--resume", "true"], "nothing to resume"),
+        (["--trainer.epochs", "0"], "trainer.epochs is 0, but must be at least 1"),
+        (["--trainer.max_steps", "-1"], "trainer.max_steps is -1, but must be at least 1"),
+        (["--data.batch_size", "0"], "data.batch_size is 0, but must be at least 1"),
+        (["--data.holdout", "1"], "data.holdout is 1.0, but must be at least 0 and below 1"),
+        (["--data.max_bad", "7"], "data.max_bad is 7.0, but must be from 0 to 1"),
+        (["--optimizer.lr.projector", "-1"], "optimizer.lr.projector is -1.0, but must be at least 0"),
+        (["--optimizer.lr.projector", ".inf"], "optimizer.lr.projector is inf, but must be at least 0"),
+        (["--optimizer.betas", "[0.9, 1]"], "optimizer.betas is 1.0, but must be at least 0 and below 1"),
+        (["--optimizer.eps", "0"], "optimizer.eps is 0.0, but must be above 0"),
     ],
 )
 def test_wrong_usage(config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
@@ -56,6 +65,24 @@ def test_wrong_usage(config: Path, capsys: pytest.CaptureFixture[str], arguments
     assert expected in message(capsys)
     run = config.parent / "run"
     assert not run.exists() or {path.name for path in run.iterdir()} <= {"config.yaml"}
+
+
+def test_limits_name_keys_that_exist_and_the_defaults_keep_them() -> None:
+    from mmgpt.config import LIMITS, RunConfig, check_values
+    from mmgpt.train import known_keys
+
+    assert set(LIMITS) <= set(known_keys(RunConfig))
+    check_values(RunConfig())
+
+
+def test_a_source_on_the_command_line_inherits_nothing(tmp_path: Path) -> None:
+    from mmgpt.config import SourceConfig
+    from mmgpt.train import parse
+
+    config = write_config(tmp_path / "tiny.yaml", data__train=[{"path": "shapes", "split": "train", "limit": 3}])
+    for given in (["--data.train", "[{path: photos}]"], ["--data.train=[{path: photos}]"]):
+        assert parse(["--config", str(config), *given]).data.train == [SourceConfig(path="photos")]
+    assert parse(["--config", str(config)]).data.train == [SourceConfig(path="shapes", split="train", limit=3)]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +189,20 @@ def test_one_broken_line_in_a_thousand_is_reported_and_trained_around(
     assert [record["where"] for record in reported] == [f"{lines}:1"]
 
 
+def test_a_sample_longer_than_a_packed_row_is_a_bad_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = write_lines(tmp_path / "lines.jsonl", good=19, bad=0)
+    long = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4" * 120}]}
+    lines.write_text(lines.read_text() + json.dumps(long) + "\n")
+    run = tmp_path / "run"
+    settings = {**TEXT_ONLY, "run_dir": str(run), "data__train": [{"path": str(lines)}], "data__max_bad": 0.1}
+    path = write_config(tmp_path / "c.yaml", **settings, data__row_length=90)
+    assert train(path) == 0
+    assert "1 too_long" in capsys.readouterr().err
+    assert "data.row_length" in (run / "bad_samples.jsonl").read_text()
+    assert train(path, "--overwrite", "true", "--data.batching", "grouped") == 0
+    assert "too_long" not in capsys.readouterr().err
+
+
 def test_more_than_one_percent_bad_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = write_lines(tmp_path / "lines.jsonl", good=97, bad=3)
     path = write_config(tmp_path / "c.yaml", run_dir=str(tmp_path / "run"), data__train=[{"path": str(lines)}], **TEXT_ONLY)
@@ -200,3 +241,14 @@ def test_missing_logger_package(
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     assert train(config, "--trainer.logger", logger) == 2
     assert "mmgpt[loggers]" in message(capsys)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that stands for a full disk")
+def test_a_full_disk_behind_stdout_is_one_message() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", "from mmgpt.errors import run_cli\nraise SystemExit(run_cli(lambda: print('parts')))"],
+            stdout=full, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment,
+        )  # fmt: skip
+    assert (result.returncode, result.stderr) == (1, "error: cannot write to stdout: No space left on device\n")

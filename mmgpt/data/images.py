@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import math
@@ -72,7 +73,8 @@ def open_image(ref: ImageRef, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         try:
             image = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError as error:
-            raise _too_large(name, str(error)) from error
+            # Pillow tells the number of pixels only in the words of its message.
+            raise _too_large(name, f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from error
         except Exception as error:
             # A damaged header fails with almost any exception type (and KeyError is a Pillow without AVIF).
             raise _not_an_image(file, name) from error
@@ -107,7 +109,7 @@ def image_key(ref: ImageRef) -> str:
 def image_name(ref: ImageRef) -> str:
     """How messages call an image: its path, or what it is where it has none."""
     if isinstance(ref, str | Path):
-        return str(ref)
+        return shortened(str(ref))
     if isinstance(ref, bytes):
         return f"an image of {len(ref)} bytes"
     if isinstance(ref, Image.Image):
@@ -115,6 +117,11 @@ def image_name(ref: ImageRef) -> str:
     if isinstance(ref, LazyImage):
         return ref.name
     raise TypeError(f"not an image: {type(ref).__name__}; use a path, bytes, a LazyImage or a PIL image")
+
+
+def shortened(name: str, most: int = 300) -> str:
+    """A path for a message: whole unless it is absurd, as where somebody passed the picture itself in base64."""
+    return name if len(name) <= most else f"{name[: most // 2]}...{name[-most // 2 :]} ({len(name):,} characters)"
 
 
 @contextmanager
@@ -148,8 +155,13 @@ def _open_file(path: str | Path, name: str) -> IO[bytes]:
         hint = "download it first: only local files are read" if "://" in name else f"looked in {os.getcwd()}"
         raise ImageError("missing_file", f"no such image: {name} ({hint})") from error
     except (OSError, ValueError) as error:
-        detail = error.strerror if isinstance(error, OSError) else str(error)
-        raise ImageError("unreadable_file", f"cannot read {name}: {detail}; check its permissions") from error
+        if not isinstance(error, OSError):
+            hint = str(error)
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            hint = f"{error.strerror}; check its permissions"
+        else:
+            hint = error.strerror or str(error)
+        raise ImageError("unreadable_file", f"cannot read {name}: {hint}") from error
 
 
 def _not_an_image(file: IO[bytes], name: str) -> ImageError:

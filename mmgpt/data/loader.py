@@ -10,7 +10,7 @@ from typing import Any
 
 from mmgpt.config import DataConfig, SourceConfig
 from mmgpt.data.features import ImageSource, Prepared, merge_prepared
-from mmgpt.data.images import ImageError, image_key, image_name
+from mmgpt.data.images import ImageError, image_key
 from mmgpt.data.messages import LazyImage, Message, MessageError, Rejected, Sample, normalize
 from mmgpt.data.packing import Batch, collate, plan_epoch
 from mmgpt.data.rejections import RejectionReport
@@ -57,7 +57,8 @@ def make_item(sample: Sample, encode: Encode, max_length: int) -> Item | Rejecte
     except MessageError as error:
         return Rejected(error.reason, sample.where, str(error))
     if len(encoded) > max_length:
-        return Rejected("too_long", sample.where, f"{len(encoded)} tokens, data.max_length is {max_length}")
+        limits = "data.max_length, data.row_length and the language model's window"
+        return Rejected("too_long", sample.where, f"{len(encoded)} tokens; {limits} leave room for {max_length}")
     return Item(sample, encoded)
 
 
@@ -123,7 +124,7 @@ def _origin(sample: Sample) -> str:
         return sample.where
     first = sample.images[0]
     if isinstance(first, str | PurePath | LazyImage):
-        return image_name(first)
+        return first.name if isinstance(first, LazyImage) and not isinstance(first, PurePath) else str(first)
     try:
         return image_key(first)
     except ImageError:

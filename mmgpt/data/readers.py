@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import io
 import json
 import os
 import re
@@ -123,9 +124,11 @@ def json_records(file: Path) -> Iterator[tuple[str, Any]]:
                 continue
             where = f"{file}:{number}"
             try:
-                yield where, json.loads(line.decode("utf-8"))
+                yield where, json.loads(line.decode("utf-8").rstrip("\r\n"))
             except (ValueError, RecursionError) as error:
-                yield where, Rejected("bad_json", where, f"{error}: {line.strip()[:60].decode('utf-8', 'replace')}")
+                # Its own place would read as line 1, or 2 for one that is cut off: the line of the file stands in front of it.
+                wrong = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
+                yield where, Rejected("bad_json", where, f"{wrong}: {line.strip()[:60].decode('utf-8', 'replace')}")
 
 
 def _open_text_bytes(file: Path) -> IO[bytes]:
@@ -239,7 +242,7 @@ def _metadata_rows(file: Path, source: SourceConfig) -> Iterator[Row | Rejected]
 
 
 def _csv_records(file: Path) -> Iterator[tuple[str, Any]]:
-    with open(file, encoding="utf-8-sig", newline="") as text:
+    with io.TextIOWrapper(_open_text_bytes(file), encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text)
         try:
             columns = list(reader.fieldnames or [])

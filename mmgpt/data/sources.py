@@ -90,6 +90,8 @@ def detect_format(path: str) -> str:
                 if isinstance(record, dict):
                     return "llava" if "conversations" in record else "messages"
         return "messages"
+    if name.endswith(IMAGE_SUFFIXES):
+        raise UsageError(f"{path} is one picture: name the folder it is in, or a file that says what the pictures show")
     raise UsageError(
         f"cannot tell the format of {path} by its name: set format to one of {', '.join(READERS)} "
         f"(known endings: .parquet, {', '.join((*JSON_SUFFIXES, *TAR_SUFFIXES))})"

@@ -109,7 +109,10 @@ class RowGroups:
                 self._columns.move_to_end(key)
                 return self._columns[key]
             # No threads and no read-ahead: pyarrow's pools are not to be relied on in a forked process.
-            values = _parquet(Path(file)).read_row_group(row_group, columns=[column], use_threads=False).column(0)
+            try:
+                values = _read_group(_parquet(Path(file)), file, row_group, [column]).column(0)
+            except UserError as error:
+                raise ImageError("unreadable_file", str(error)) from error
             self._columns[key] = values
             self._bytes += values.nbytes
             while self._bytes > CACHE_BYTES and len(self._columns) > 1:
@@ -160,8 +163,8 @@ def read_parquet(path: str, source: SourceConfig) -> Iterator[Row | Rejected]:
         root = source.image_root or str(file.parent)
         number = 0
         for group in range(table.num_row_groups):
-            records = table.read_row_group(group, columns=columns, use_threads=False).to_pylist()
-            counts = _image_counts(table, group, image_column) if image_column else [None] * len(records)
+            records = _read_group(table, file, group, columns).to_pylist()
+            counts = _image_counts(table, file, group, image_column) if image_column else [None] * len(records)
             for row, (record, count) in enumerate(zip(records, counts)):
                 images = []
                 if image_column and count is not None:
@@ -180,6 +183,16 @@ def _parquet(file: Path) -> Any:
         return pq.ParquetFile(file, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is not a readable parquet file: {str(error)[:200]}") from error
+
+
+def _read_group(table: Any, file: str | Path, group: int, columns: list[str]) -> Any:
+    """Some columns of a row group. Raises UserError where the file is damaged inside, which its footer does not tell."""
+    import pyarrow as pa
+
+    try:
+        return table.read_row_group(group, columns=columns, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file} is damaged in row group {group}: {str(error)[:200]}; copy it again") from error
 
 
 def _split_names(file: Path, root: Path) -> set[str]:
@@ -210,7 +223,7 @@ def _is_integer(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind)
 
 
-def _image_counts(table: Any, group: int, column: str) -> list[int | None]:
+def _image_counts(table: Any, file: Path, group: int, column: str) -> list[int | None]:
     """For each row of a row group: how many images the list has, -1 for a single one, None for an empty cell.
 
     The bytes are left unread where the file says enough without: a count of nulls, or the paths beside the bytes.
@@ -226,7 +239,7 @@ def _image_counts(table: Any, group: int, column: str) -> list[int | None]:
     statistics = leaves[column].statistics if column in leaves else None
     if not listed and statistics is not None and statistics.null_count == 0:
         return [-1] * metadata.num_rows
-    values = table.read_row_group(group, columns=paths or [column], use_threads=False).column(0)
+    values = _read_group(table, file, group, paths or [column]).column(0)
     if listed:
         return pc.list_value_length(values).to_pylist()
     return [-1 if valid else None for valid in values.is_valid().to_pylist()]

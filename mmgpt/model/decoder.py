@@ -10,6 +10,7 @@ Letters in shapes: B rows, L positions, H hidden width, V vocabulary, K key/valu
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -274,6 +275,8 @@ class TransformersDecoder(Decoder):
 
     def __init__(self, language: Any):
         self.language = language
+        # transformers renames the argument model by model, and warns where it is called by the old name.
+        self.cache_argument = "cache" if "cache" in inspect.signature(language.forward).parameters else "past_key_values"
 
     @torch.inference_mode()
     def prefill(self, embeds: Tensor, lengths: Tensor, reserve: int = GROWTH) -> tuple[Tensor, TransformersCache]:
@@ -302,9 +305,9 @@ class TransformersDecoder(Decoder):
                 **inputs,
                 attention_mask=cache.mask,
                 position_ids=positions,
-                past_key_values=cache.data,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self.cache_argument: cache.data},
             )
         finally:
             if training:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +45,10 @@ def load_language(config: LanguageConfig, tokenizer: Tokenizer) -> PreTrainedMod
 
     folder = Path(artifacts.resolve(config.name, kind="language"))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-        )
+        with _no_progress_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            )
     except Exception as error:
         raise UserError(f"{folder} is not a language model that transformers reads: {error}") from error
     language, found = loaded
@@ -57,6 +60,20 @@ def load_language(config: LanguageConfig, tokenizer: Tokenizer) -> PreTrainedMod
             # In a half-precision file the norms are stored in single: read in place, they alone would keep all of it mapped.
             parameter.data = parameter.data.clone()
     return with_attention(language)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without transformers' bar: reading takes a second, and stderr is for what a person has to know."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def make_language(architecture: dict[str, Any], tokenizer: Tokenizer, *, initialize: bool = True) -> PreTrainedModel:

@@ -237,6 +237,8 @@ def test_what_is_no_image(tmp_path):
     assert reason(text / "x.jpg")[0] == "missing_file"
     assert "download" in reason("https://example.org/a.jpg")[1]
     assert reason("nul\0byte.png")[0] == "unreadable_file"
+    word, message = reason("a" * 5000 + ".png")  # somebody may hand in the picture itself, in base64
+    assert word == "unreadable_file" and len(message) < 400 and message.endswith("(5,004 characters): File name too long")
     assert reason("/dev/zero")[0] == "not_an_image"
     assert reason(b"")[0] == "truncated_image"
     assert reason(Image.new("RGB", (0, 5)))[0] == "zero_size"

@@ -199,6 +199,8 @@ def test_holdout_keeps_a_picture_on_one_side():
     everything, nothing = split_holdout(items, 0.0, seed=1)
     assert sorted(i.sample.where for i in everything) == sorted(i.sample.where for i in items) and nothing == []
     assert split_holdout(items[:3], 0.5, seed=1) == (items[:3], [])  # one picture cannot be on both sides
+    deep = [item(i, f"{'a' * 200}/{i}/{'b' * 200}.jpg") for i in range(10)]  # messages cut such names short
+    assert len(split_holdout(deep, 0.2, seed=1)[1]) == 2
 
 
 def test_holdout_tells_pictures_in_memory_apart_by_content():

@@ -153,6 +153,7 @@ def test_one_broken_line_in_a_thousand(tmp_path):
     path = write_lines(tmp_path / "chat.jsonl", records)
     items = read(path)
     assert len(samples(items)) == 999 and rejected(items) == [("bad_json", f"{path}:617")]
+    assert items[616].detail.startswith("Unterminated string starting at (column ")
     report = RejectionReport(tmp_path / "bad_samples.jsonl")
     for item in items:
         if isinstance(item, Rejected):
@@ -454,6 +455,26 @@ def test_parquet_errors_name_the_columns(tmp_path):
         read(tmp_path / "gone-*.parquet")
 
 
+@pytest.mark.parametrize(("column", "name"), [(0, "image"), (1, "caption")])
+def test_parquet_damaged_behind_its_footer(tmp_path, column, name):
+    path = write_parquet(tmp_path / "p.parquet", {"image": [picture(0)] * 3, "caption": ["a pear", "a plum", "a fig"]})
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(column)
+    assert chunk.path_in_schema == name
+    content = bytearray(path.read_bytes())
+    start = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
+    content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(content)
+    if name == "caption":
+        with pytest.raises(UserError, match=r"p\.parquet is damaged in row group 0"):
+            read(path)
+        return
+    found = samples(read(path))
+    assert len(found) == 3
+    with pytest.raises(ImageError, match=r"p\.parquet is damaged in row group 0") as caught:
+        open_image(found[0].images[0])
+    assert caught.value.reason == "unreadable_file"
+
+
 def test_parquet_listing_reads_no_image(tmp_path, monkeypatch):
     cells = [{"bytes": picture(n), "path": f"{n}.png"} for n in range(6)]
     rows = {"image": [cell["bytes"] for cell in cells], "struct": cells, "listed": [[cell] * 2 for cell in cells]}
@@ -688,6 +709,9 @@ def test_wrong_settings_are_usage_errors(tmp_path):
     with pytest.raises(UsageError, match="cannot tell the format"):
         (tmp_path / "data.xyz").touch()
         read(tmp_path / "data.xyz")
+    with pytest.raises(UsageError, match="is one picture: name the folder"):
+        (tmp_path / "photo.JPG").touch()
+        read(tmp_path / "photo.JPG")
     with pytest.raises(UsageError, match="no such file"):
         read_source(SourceConfig(path=str(tmp_path / "gone"), format="folder"))
     with pytest.raises(UsageError, match="no column split"):

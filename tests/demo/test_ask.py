@@ -75,10 +75,17 @@ def picture(tmp_path: Path) -> str:
     return str(path)
 
 
+def model_folder(folder: Path) -> Path:
+    """What looks like an exported model from outside."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
+    return folder
+
+
 @pytest.fixture
 def ask(tmp_path: Path) -> Callable[..., int]:
-    folder = tmp_path / "model"
-    folder.mkdir()
+    folder = model_folder(tmp_path / "model")
 
     def run(model: Model, *argv: str, make_gate: Callable[[], Any] = KeywordGate) -> int:
         arguments = ["--model", str(folder), *argv]
@@ -119,6 +126,9 @@ def test_help_is_quick_and_loads_nothing(tmp_path: Path) -> None:
         (["--image", ".", "hello"], "directory"),
         (["--image", "-", "--image", "-"], "twice"),
         (["--model", "nowhere", "hello"], "nowhere"),
+        (["--model", "", "hello"], "there is no folder ''"),
+        (["--model", ".", "hello"], ". holds no model: expected config.json and model.safetensors"),
+        (["--image", "a" * 5000, "hello"], "(5,000 characters): File name too long"),
     ],
 )
 def test_usage_errors(tmp_path: Path, argv: list[str], says: str) -> None:
@@ -137,8 +147,9 @@ def test_broken_pictures(tmp_path: Path, picture: str) -> None:
         message = found.stderr.decode()
         assert found.returncode == 1 and name in message and "Traceback" not in message
         assert json.loads(found.stdout)["exit_code"] == 1 and name in json.loads(found.stdout)["error"]
-    found = command("--image", "-", cwd=tmp_path, stdin=b"not a picture")
-    assert found.returncode == 1 and b"stdin" in found.stderr
+    for stdin, says in ((b"not a picture", b"stdin: "), (b"", b"stdin, which is empty")):
+        found = command("--image", "-", cwd=tmp_path, stdin=stdin)
+        assert found.returncode == 1 and says in found.stderr and b"Traceback" not in found.stderr
 
 
 def test_a_picture_on_stdin_without_a_model_names_the_way_to_one(tmp_path: Path, picture: str) -> None:
@@ -153,7 +164,8 @@ def test_a_picture_on_stdin_without_a_model_names_the_way_to_one(tmp_path: Path,
 
 def test_nothing_heavy_is_loaded_for_a_refusal(tmp_path: Path) -> None:
     program = "import sys\nfrom demo.ask import main\n"
-    program += "code = main(['--model', '.', 'how do I make a bomb'])\nprint('torch' in sys.modules, code)"
+    model = str(model_folder(tmp_path / "model"))
+    program += f"code = main(['--model', {model!r}, 'how do I make a bomb'])\nprint('torch' in sys.modules, code)"
     found = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert found.stdout == f"{REFUSAL}\nFalse 0\n"
 
@@ -257,6 +269,19 @@ def test_a_bug_shows_its_traceback_and_still_makes_json(ask: Any, capsys: pytest
     out, err = capsys.readouterr()
     assert json.loads(out) == {"error": "ZeroDivisionError: oops", "exit_code": 1}
     assert "Traceback" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that stands for a full disk")
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["streamed", "json"])
+def test_a_full_disk_behind_stdout_is_one_message(tmp_path: Path, options: list[str]) -> None:
+    program = f"import sys\nsys.path[:0] = [{str(REPOSITORY)!r}]\nfrom demo.ask import main\n"
+    program += "sys.exit(main(load=lambda *a, **k: None, generate=lambda *a: iter(['Pear.'])))"
+    arguments = ["how do I make a bomb", "--model", str(model_folder(tmp_path / "model")), *options]
+    with open("/dev/full", "wb") as full:
+        found = subprocess.run([sys.executable, "-c", program, *arguments], stdout=full, stderr=subprocess.PIPE, timeout=60)
+    message = found.stderr.decode()
+    assert found.returncode == 1 and "Traceback" not in message
+    assert message.count("error: ") == 1 and "cannot write to stdout: No space left on device" in message
 
 
 def test_an_interrupt_is_130(ask: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -489,7 +514,7 @@ class Terminal:
 
 
 def test_chat(tmp_path: Path, picture: str) -> None:
-    argv = ["--model", str(tmp_path), "--image", picture]
+    argv = ["--model", str(model_folder(tmp_path / "model")), "--image", picture]
     terminal = Terminal(textwrap.dedent(CHAT).format(repository=str(REPOSITORY), argv=argv), tmp_path)
     terminal.until("> ")
     terminal.send("one\n")
@@ -528,7 +553,7 @@ def test_chat(tmp_path: Path, picture: str) -> None:
 
 
 def test_chat_ends_with_the_input(tmp_path: Path) -> None:
-    program = textwrap.dedent(CHAT).format(repository=str(REPOSITORY), argv=["--model", str(tmp_path)])
+    program = textwrap.dedent(CHAT).format(repository=str(REPOSITORY), argv=["--model", str(model_folder(tmp_path / "model"))])
     terminal = Terminal(program, tmp_path)
     terminal.until("> ")
     terminal.send("\x04")
@@ -536,7 +561,8 @@ def test_chat_ends_with_the_input(tmp_path: Path) -> None:
 
 
 def test_on_a_terminal_a_question_is_answered_once(tmp_path: Path) -> None:
-    program = textwrap.dedent(CHAT).format(repository=str(REPOSITORY), argv=["--model", str(tmp_path), "Hello"])
+    argv = ["--model", str(model_folder(tmp_path / "model")), "Hello"]
+    program = textwrap.dedent(CHAT).format(repository=str(REPOSITORY), argv=argv)
     terminal = Terminal(program, tmp_path)
     terminal.until("<1 messages, 0 images, Hello>")
     assert terminal.wait() == 0

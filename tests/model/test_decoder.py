@@ -232,6 +232,16 @@ def test_impossible_formats_are_refused():
         Decoder.from_language(build(OTHERS["gpt2"]), "fp16")
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_transformers_own_forward_is_called_without_a_warning(name, recwarn):
+    model = build(OTHERS[name])
+    decoder = TransformersDecoder(model)
+    logits, cache = decoder.prefill(model.get_input_embeddings()(torch.tensor([[3, 5, 7]])), torch.tensor([3]))
+    decoder.step(logits.argmax(-1), cache)
+    assert cache.data.get_seq_length() == 4
+    assert [str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning)] == []
+
+
 def test_adapters_go_through_transformers():
     from peft import LoraConfig, inject_adapter_in_model
 

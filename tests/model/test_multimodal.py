@@ -212,6 +212,11 @@ def test_architectures_that_do_not_exist_are_named():
             MultimodalGPT.from_config(ModelConfig(vision=None, language=LanguageConfig(architecture=architecture)))
 
 
+def test_a_language_model_is_read_without_a_word(parts, capfd):
+    MultimodalGPT.from_config(named_config(parts))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_language_model_that_lacks_weights_is_refused(parts):
     from safetensors.torch import load_file, save_file
 
