@@ -1,9 +1,10 @@
 """Decoding against `transformers.generate`: speed at batch 1 and 16, and whether the text is the same.
 
-    python benchmarks/decoding.py [--formats fp32,fp16] [--tokens 128] [--prompts 100] [--rounds 3]
+    python benchmarks/decoding.py [--formats fp32,bf16] [--tokens 128] [--prompts 100] [--rounds 3]
 
 Same weights, same prompts, same process; the two take turns (A B A B), and the best round of each counts, so that other
-work on the machine disturbs both alike. One JSON object on stdout; progress on stderr.
+work on the machine disturbs both alike. transformers runs in fp32 beside fp32 and fp16, and in bf16 beside bf16 and int8.
+One JSON object on stdout; progress on stderr.
 """
 
 from __future__ import annotations
@@ -78,29 +79,42 @@ def timed_steps(model: TextModel, decoder: Decoder, prompts: list[str], tokens: 
     return len(prompts) * tokens / (time.perf_counter() - start)
 
 
-def speed(model: TextModel, decoders: dict[str, Decoder], prompts: list[str], tokens: int, rounds: int) -> dict[str, Any]:
-    peer: list[float] = []
+def speed(
+    peers: dict[str, TextModel], decoders: dict[str, Decoder], prompts: list[str], tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Tokens a second by format, the best of `rounds` turns; `peers` hold the weights in transformers' own formats."""
+    theirs: dict[str, list[float]] = {name: [] for name in peers}
     ours: dict[str, dict[int, list[float]]] = {name: {1: [], len(prompts): []} for name in decoders}
     for turn in range(rounds + 1):  # the first turn warms up
-        start = time.perf_counter()
-        model.peer(prompts[0], tokens, fixed=True)
-        peer.append(tokens / (time.perf_counter() - start))
+        for name, peer in peers.items():
+            start = time.perf_counter()
+            peer.peer(prompts[0], tokens, fixed=True)
+            theirs[name].append(tokens / (time.perf_counter() - start))
         for name, decoder in decoders.items():
             for rows, speeds in ours[name].items():
-                speeds.append(timed_steps(model, decoder, prompts[:rows], tokens))
-        print(f"turn {turn}: transformers {peer[-1]:.1f} tokens/s", {k: v[1][-1] for k, v in ours.items()}, file=sys.stderr)
-    best = max(peer[1:])
+                speeds.append(timed_steps(peers["fp32"], decoder, prompts[:rows], tokens))
+        last = {f"transformers {name}": values[-1] for name, values in theirs.items()}
+        last |= {f"{name}, batch {rows}": values[-1] for name, by_rows in ours.items() for rows, values in by_rows.items()}
+        print(f"turn {turn}, tokens/s:", {name: round(value, 1) for name, value in last.items()}, file=sys.stderr)
     report = {}
     for name, by_rows in ours.items():
         one, many = (max(values[1:]) for values in by_rows.values())
+        kind = peer_format(name)
+        best = max(theirs[kind][1:])
         report[name] = {
             "ours": round(one, 1),
             "peer": round(best, 1),
+            "peer_weights": kind,
             "ratio": round(one / best, 2),
             f"batch{len(prompts)}": round(many, 1),
             f"batch{len(prompts)}_over_batch1": round(many / one, 2),
         }
     return report
+
+
+def peer_format(name: str) -> str:
+    """The number format that transformers is measured in beside one of ours."""
+    return "bf16" if name in ("bf16", "int8") else "fp32"
 
 
 def top1(decoder: LlamaDecoder, model: TextModel, prompt: str, answer: list[int]) -> list[int]:
@@ -121,27 +135,25 @@ def agreement(model: TextModel, decoders: dict[str, Any], prompts: list[str], to
         same = sum(answer.token_ids == theirs for answer, theirs in zip(ours, answers))
         report[f"fp32_same_text_batch{batch_size}"] = same
         print(f"fp32, batch {batch_size}: {same} of {len(prompts)} texts equal", file=sys.stderr)
+    read = [(prompt, answer) for prompt, answer in zip(prompts, answers) if answer]
     for name, decoder in decoders.items():
         if name != "fp32":
-            pairs = [
-                pair
-                for prompt, answer in zip(prompts, answers)
-                if answer
-                for pair in zip(top1(decoder, model, prompt, answer), top1(decoders["fp32"], model, prompt, answer))
-            ]
+            # The likeliest tokens of transformers in fp32 are its greedy answer itself.
+            pairs = [pair for prompt, answer in read for pair in zip(top1(decoder, model, prompt, answer), answer)]
             report[f"{name}_top1"] = round(sum(a == b for a, b in pairs) / len(pairs), 4)
+            print(f"{name}: {report[f'{name}_top1']:.2%} of {len(pairs)} tokens as in fp32", file=sys.stderr)
     return report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    formats = "fp32,bf16,fp16" if has_bf16(torch.device("cpu")) else "fp32,fp16"
+    formats = "fp32,bf16,int8" if has_bf16(torch.device("cpu")) else "fp32,fp16"
     parser.add_argument("--model", default="smollm2-135m-instruct", help="a named part or a directory")
     parser.add_argument("--formats", default=formats, help="weight formats, separated by commas; fp32 is always measured")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens a prompt")
     parser.add_argument("--prompts", type=int, default=100, help="prompts whose text is compared; 0 skips it")
     parser.add_argument("--agree_tokens", type=int, default=64, help="new tokens of a compared text")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="timed turns; 0 skips them")
     parser.add_argument("--batch", type=int, default=16)
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -154,11 +166,13 @@ def main() -> None:
     prompts = [request.format(topic) for topic in TOPICS for request in REQUESTS]
     names = dict.fromkeys(["fp32", *options.formats.split(",")])
     decoders = {name: Decoder.from_language(language, name) for name in names}  # type: ignore[arg-type]
+    peers = {"fp32": model}
+    if any(peer_format(name) == "bf16" for name in names):
+        peers["bf16"] = TextModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), model.tokenizer)
+    report: dict[str, Any] = {"threads": torch.get_num_threads()}
     with torch.inference_mode():
-        report = {
-            "tokens_per_second": speed(model, decoders, prompts[: options.batch], options.tokens, options.rounds),
-            "threads": torch.get_num_threads(),
-        }
+        if options.rounds:
+            report["tokens_per_second"] = speed(peers, decoders, prompts[: options.batch], options.tokens, options.rounds)
         if options.prompts:
             report["agreement"] = agreement(model, decoders, prompts[: options.prompts], options.agree_tokens)
     print(json.dumps(report, indent=2))

@@ -110,7 +110,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top_p", type=top_p, metavar="P", help="sample from the most likely tokens that make up P")
     add("--seed", type=seed, metavar="N", help="repeats a sampled answer")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="default: auto")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16", "int8"), help="default: auto")
     args = parser.parse_args(argv)
     if args.image.count("-") > 1:
         raise UsageError("--image - is given twice, but stdin can be read only once")

@@ -24,8 +24,8 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
     Args:
         path: A run folder (`runs/quickstart`) or a folder written by `save_pretrained`.
         device: `auto` (the GPU where there is one), `cpu`, `cuda`, `mps`.
-        precision: `auto` is bf16 on a GPU that has it and fp32 elsewhere (exact text); `fp32`, `bf16`, or `fp16` (weights of
-            the language model only, on the CPU: faster, and the text may differ).
+        precision: `auto` is bf16 on a GPU that has it and fp32 elsewhere (exact text); `fp32`; `bf16`; or
+            `fp16`, `int8` (weights of the language model only, on the CPU). All but fp32 are faster, and the text may differ.
 
     Raises:
         UserError: there is no model, or its files do not fit each other.

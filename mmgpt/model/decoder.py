@@ -24,9 +24,10 @@ from torch.nn import functional as F
 
 from mmgpt.errors import UsageError
 from mmgpt.machine import has_bf16
+from mmgpt.model import products
+from mmgpt.model.products import Multiply
 
-Weights = Literal["auto", "fp32", "bf16", "fp16"]
-Multiply = Callable[[Tensor], Tensor]  # x [N, in] -> [N, out]
+Weights = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 GROWTH = 256  # positions the cache grows by
 SLACK_ROWS = 0.75  # finished rows are dropped once at most this share is left: copying the cache costs about one step
@@ -40,13 +41,13 @@ class Decoder(ABC):
         """A decoder of a transformers causal LM.
 
         `auto` keeps the model's own numbers, so that the text is that of the model: fp32 stays fp32, bf16 stays bf16
-        where the machine multiplies it in hardware and is widened to fp32 where not. `fp16` stores half-precision weights
-        and computes in fp32 (CPUs with fbgemm): half the memory traffic of fp32, nearly the same logits. There is no int8:
-        with weights per output channel and inputs precise enough not to drown in outliers it was slower than fp16 on AVX2
-        and agreed with fp32 on fewer tokens (97 % against 100 % of 456, SmolLM2-135M).
+        where the machine multiplies it in hardware and is widened to fp32 where not. `bf16` on a CPU copies the matrices
+        into the layout of its kernels. `int8` rounds them to 8 bits with a scale for each output and keeps everything else
+        in bf16 (CPUs with bf16 instructions). `fp16` stores half-precision weights and computes in fp32 (CPUs with fbgemm):
+        for CPUs without bf16 instructions, with half the memory traffic of fp32 and nearly its logits.
 
-        With `auto` and the model's own type nothing is copied twice: the fused matrices replace the storage of the
-        model's parameters, which become views of them; later changes to the parameters are seen by the decoder.
+        With `auto` and `fp32` in the model's own type nothing is copied twice: the fused matrices replace the storage of
+        the model's parameters, which become views of them; later changes to the parameters are seen by the decoder.
 
         Args:
             language: `LlamaForCausalLM`, `GPT2LMHeadModel`, ...
@@ -64,13 +65,13 @@ class Decoder(ABC):
         automatic = weights == "auto"
         if automatic:
             weights = "bf16" if own == "bf16" and has_bf16(first.device) else "fp32"
-        if weights == "bf16" and not has_bf16(first.device):
-            raise UsageError("this machine has no bf16 instructions; use weights fp32 or fp16")
-        if weights == "fp16" and first.device.type != "cpu":
-            raise UsageError(f"weights fp16 are for CPUs; on {first.device.type} use fp32 or bf16")
+        if weights in ("bf16", "int8") and not has_bf16(first.device):
+            raise UsageError(f"weights {weights} need bf16 instructions, which this machine lacks; use fp32 or fp16")
+        if weights in ("fp16", "int8") and first.device.type != "cpu":
+            raise UsageError(f"weights {weights} are for CPUs; on {first.device.type} use fp32 or bf16")
         obstacle = _obstacle(language)
         if obstacle is None:
-            return LlamaDecoder(language, weights, release=release)
+            return LlamaDecoder(language, weights, release=release, share=automatic)
         if weights != own and not automatic:
             raise UsageError(f"weights {weights} need a Llama-like model ({obstacle}); use auto")
         return TransformersDecoder(language)
@@ -142,10 +143,12 @@ class LlamaDecoder(Decoder):
 
     families: ClassVar[set[str]] = {"llama", "mistral", "qwen2"}
 
-    def __init__(self, language: Any, weights: str, *, release: bool = False):
+    def __init__(self, language: Any, weights: str, *, release: bool = False, share: bool = False):
         config, attention = language.config, language.model.layers[0].self_attn
-        self.weights = weights
-        self.dtype = torch.bfloat16 if weights == "bf16" else torch.float32
+        self.weights, self.share = weights, share
+        self.dtype = torch.bfloat16 if weights in ("bf16", "int8") else torch.float32
+        # One row's attention in bf16 is slower than in fp32 on a CPU, and oneDNN compiles a kernel for every new length.
+        self.cached = torch.float32 if language.device.type == "cpu" else self.dtype
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.width, self.scale, self.eps = attention.head_dim, attention.scaling, config.rms_norm_eps
         self.activation = language.model.layers[0].mlp.act_fn
@@ -155,7 +158,7 @@ class LlamaDecoder(Decoder):
             self.blocks = [self._block(layer, release) for layer in language.model.layers]
             self.norm = language.model.norm.weight.detach().to(self.dtype)
             self.head = self._matrix([language.lm_head], release and not config.tie_word_embeddings)
-        self.cos = self.sin = self.norm.new_empty(0, 1, self.width)
+        self.cos = self.sin = self.norm.new_empty(0, 1, self.width, dtype=self.cached)
 
     def _block(self, layer: Any, release: bool) -> Block:
         attention, mlp = layer.self_attn, layer.mlp
@@ -170,18 +173,20 @@ class LlamaDecoder(Decoder):
 
     def _matrix(self, linears: list[Linear], release: bool) -> Multiply:
         """Several linear layers on the same input as one product, in the decoder's weight format."""
-        if linears[0].weight.dtype == self.dtype and self.weights in ("fp32", "bf16"):
-            weight = fuse([linear.weight for linear in linears])
-            release = False
-        else:
-            weight = torch.cat([linear.weight.detach().to(self.dtype) for linear in linears])
+        first = linears[0].weight
         biases = [linear.bias for linear in linears if linear.bias is not None]
         bias = torch.cat([bias.detach().to(self.dtype) for bias in biases]) if biases else None
+        in_place = self.weights == "fp32" or (self.weights == "bf16" and (self.share or first.device.type != "cpu"))
+        if in_place and first.dtype == self.dtype:
+            return products.dense(products.fuse([linear.weight for linear in linears]), bias)
+        # int8 is rounded from the model's own numbers, not from their bf16.
+        dtype = first.dtype if self.weights == "int8" else self.dtype
+        weight = torch.cat([linear.weight.detach().to(dtype) for linear in linears])
         if release:
             for linear in linears:
-                linear.weight.data = linear.weight.data.new_empty(0)
-        product = fp16_product if self.weights == "fp16" else dense_product
-        return product(weight, bias)
+                linear.weight.data = first.data.new_empty(0)
+        make = {"fp32": products.dense, "bf16": products.packed, "fp16": products.fp16, "int8": products.int8}
+        return make[self.weights](weight, bias)
 
     @torch.inference_mode()
     def prefill(self, embeds: Tensor, lengths: Tensor, reserve: int = GROWTH) -> tuple[Tensor, Cache]:
@@ -189,12 +194,12 @@ class LlamaDecoder(Decoder):
         padding = (length - lengths).to(embeds.device)
         capacity = length + min(reserve, GROWTH)
         shape = (len(self.blocks), rows, 2 * self.kv_heads, capacity, self.width)
-        cache = Cache(self.norm.new_empty(shape), length, padding, None)
+        cache = Cache(self.cos.new_empty(shape), length, padding, None)
         column = torch.arange(capacity, device=embeds.device)
         causal = None
         if bool(padding.any()):
             hole = column < padding[:, None]
-            cache.mask = self.norm.new_zeros(rows, 1, 1, capacity).masked_fill_(hole[:, None, None], float("-inf"))
+            cache.mask = self.cos.new_zeros(rows, 1, 1, capacity).masked_fill_(hole[:, None, None], float("-inf"))
             seen = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
             # A padded position sees itself: a row of the softmax without any entry would be NaN.
             own = torch.eye(length, dtype=torch.bool, device=embeds.device)
@@ -204,8 +209,8 @@ class LlamaDecoder(Decoder):
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             heads = qkv.view(rows, length, -1, self.width).transpose(1, 2)
-            query, kv = heads[:, : self.heads], heads[:, self.heads :]
-            cache.data[layer, :, :, :length] = kv
+            cache.data[layer, :, :, :length] = heads[:, self.heads :]
+            query, kv = heads.to(self.dtype).split((self.heads, 2 * self.kv_heads), dim=1)
             keys, values = kv.repeat_interleave(groups, dim=1).chunk(2, dim=1)
             mixed = F.scaled_dot_product_attention(query, keys, values, causal, is_causal=causal is None, scale=self.scale)
             return mixed.transpose(1, 2).reshape(rows * length, -1)
@@ -224,11 +229,14 @@ class LlamaDecoder(Decoder):
         values = cache.data[:, :, self.kv_heads :, :end].unbind(0)
         mask = None if cache.mask is None else cache.mask[..., :end]
         rows, heads = len(ids), self.heads
-        attention = partial(F.scaled_dot_product_attention, attn_mask=mask, scale=self.scale, enable_gqa=True)
+        attention = partial(F.scaled_dot_product_attention, attn_mask=mask, scale=self.scale)
+        # The heads that share a key head stand as several queries of it: one step has no order among them to mask, and the
+        # CPU kernel is faster so than with `enable_gqa` (16 rows, 250 positions: 274 us against 474, in bf16 353 against 4600).
+        shared = (rows, self.kv_heads, heads // self.kv_heads, self.width)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             slots[layer].copy_(qkv[:, heads:])
-            query = qkv[:, :heads].unsqueeze(2)
+            query = qkv[:, :heads].view(shared)
             return attention(query, keys[layer], values[layer]).reshape(rows, -1)
 
         x = F.embedding(ids, self.embedding).to(self.dtype)
@@ -241,9 +249,9 @@ class LlamaDecoder(Decoder):
         cos, sin = self._rotations(positions)
         half, hidden, eps, activation = self.width // 2, (x.shape[-1],), self.eps, self.activation
         for layer, block in enumerate(self.blocks):
-            qkv = block.qkv(F.rms_norm(x, hidden, block.norm1, eps)).view(len(x), -1, self.width)
+            qkv = block.qkv(F.rms_norm(x, hidden, block.norm1, eps)).to(self.cached).view(len(x), -1, self.width)
             qkv = torch.addcmul(qkv * cos, qkv.roll(half, -1), sin)
-            x = x + block.out(attend(layer, qkv))
+            x = x + block.out(attend(layer, qkv).to(self.dtype))
             gate, up = block.gate_up(F.rms_norm(x, hidden, block.norm2, eps)).chunk(2, -1)
             x = x + block.down(activation(gate).mul_(up))
         return x
@@ -260,12 +268,12 @@ class LlamaDecoder(Decoder):
         needed = int(positions.max()) + 1
         if needed > len(self.cos):
             every = torch.arange(needed + GROWTH, device=self.norm.device)[None]
-            cos, sin = self.rotary(self.norm, every)
+            cos, sin = self.rotary(self.cos, every)
             sign = torch.ones(self.width, device=sin.device, dtype=sin.dtype)
             sign[: self.width // 2] = -1
             self.cos, self.sin = cos[0, :, None], (sin[0] * sign)[:, None]
         shape = (len(positions), self.heads + self.kv_heads, self.width)
-        turned, still = (self.norm.new_full((len(positions), self.kv_heads, self.width), fill) for fill in (1.0, 0.0))
+        turned, still = (self.cos.new_full((len(positions), self.kv_heads, self.width), fill) for fill in (1.0, 0.0))
         cos = torch.cat((self.cos[positions].expand(shape), turned), dim=1)
         return cos, torch.cat((self.sin[positions].expand(shape), still), dim=1)
 
@@ -326,46 +334,6 @@ class TransformersCache:
         """Go on with these rows [B'] only, in this order."""
         self.data.batch_select_indices(rows)
         self.mask = self.mask[rows]
-
-
-def fuse(parts: list[Tensor]) -> Tensor:
-    """Matrices stacked along the output, as one tensor that the parameters become views of. Free when they already are."""
-    if len(parts) == 1:
-        return parts[0].detach()
-    first, rows = parts[0].detach(), sum(len(part) for part in parts)
-    place = first.data_ptr()
-    joined = first.is_contiguous()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        joined = joined and same and part.is_contiguous() and part.data_ptr() == place
-        place += part.numel() * part.element_size()
-    if joined:
-        return first.as_strided((rows, first.shape[1]), first.stride())
-    whole = torch.cat([part.detach() for part in parts])
-    for part, view in zip(parts, whole.split([len(part) for part in parts])):
-        part.data = view
-    return whole
-
-
-def dense_product(weight: Tensor, bias: Tensor | None) -> Multiply:
-    """x W^T + b in the type of `weight` [out, in].
-
-    On a CPU, oneDNN's product reads the matrix at memory speed where MKL's does not (measured on AVX2, one row: 1.3x; 16
-    rows: 1.2 to 1.6x).
-    """
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        product = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: product(x, weight, bias, "none", [], "")
-    return lambda x: F.linear(x, weight, bias)
-
-
-def fp16_product(weight: Tensor, bias: Tensor | None) -> Multiply:
-    """x W^T + b with W [out, in] stored in half precision and everything computed in fp32."""
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        raise UsageError("weights fp16 need a torch build with fbgemm (x86); use fp32 or bf16")
-    packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-    product = torch.ops.quantized.linear_dynamic_fp16.default
-    return lambda x: product(x, packed)
 
 
 def _obstacle(language: Any) -> str | None:

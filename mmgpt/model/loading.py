@@ -21,18 +21,19 @@ def load_for_answering(path: str | Path, *, device: str = "auto", precision: str
     from mmgpt.model.decoder import Decoder
     from mmgpt.model.multimodal import MultimodalGPT
 
-    if precision not in ("auto", "fp32", "bf16", "fp16"):
-        raise UsageError(f"precision {precision!r}: choose auto, fp32, bf16 or fp16")
+    if precision not in ("auto", "fp32", "bf16", "fp16", "int8"):
+        raise UsageError(f"precision {precision!r}: choose auto, fp32, bf16, fp16 or int8")
     machine.set_threads()
     place = machine.pick_device(device)
     model = MultimodalGPT.from_pretrained(path)
     if precision == "auto":
         precision = "bf16" if place.type == "cuda" and machine.has_bf16(place) else "fp32"
-    if precision == "fp16" and place.type != "cpu":
-        raise UsageError("precision fp16 is for the CPU; a GPU is faster in bf16")
+    if precision in ("fp16", "int8") and place.type != "cpu":
+        raise UsageError(f"precision {precision} is for the CPU; a GPU is faster in bf16")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model.to(place, dtype)
-    model.decoder = Decoder.from_language(model.language, precision, release=precision == "fp16")  # type: ignore[arg-type]
+    release = place.type == "cpu" and precision != "fp32"
+    model.decoder = Decoder.from_language(model.language, precision, release=release)  # type: ignore[arg-type]
     _return_freed_memory()
     return model.eval()
 

@@ -16,7 +16,8 @@ from transformers import (
 from mmgpt.errors import UsageError
 from mmgpt.machine import has_bf16
 from mmgpt.model import decoder as decoder_module
-from mmgpt.model.decoder import Decoder, LlamaDecoder, TransformersDecoder, fuse
+from mmgpt.model.decoder import Decoder, LlamaDecoder, TransformersDecoder
+from mmgpt.model.products import quantize
 
 BASE = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6}
 LLAMA3 = {
@@ -159,16 +160,10 @@ def test_parameters_become_views_and_stay_a_working_model(tmp_path):
         torch.testing.assert_close(logits[0], full(model, ids), atol=1e-5, rtol=1e-5)
 
 
-def test_fuse_copies_once_only():
-    whole = torch.randn(7, 4)
-    parts = [torch.nn.Parameter(part.clone()) for part in whole.split([2, 4, 1])]
-    fused = fuse(parts)
-    assert torch.equal(fused, whole)
-    assert fuse(parts).data_ptr() == fused.data_ptr() == parts[0].data_ptr()
-    assert torch.equal(fuse([parts[1], parts[0]]), whole[[2, 3, 4, 5, 0, 1]])
-
-
 fbgemm = pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="needs fbgemm")
+
+
+bf16 = pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="needs a CPU with bf16 instructions")
 
 
 @fbgemm
@@ -185,17 +180,6 @@ def test_stored_in_half_precision(name):
 
 
 @fbgemm
-def test_a_row_never_depends_on_its_neighbours():
-    torch.manual_seed(0)
-    multiply = decoder_module.fp16_product(torch.randn(40, 32), torch.randn(40))
-    row = torch.randn(1, 32)
-    alone = multiply(row)
-    for scale in (1e-6, 1.0, 1e6):
-        batch = torch.cat((torch.randn(2, 32) * scale, row, torch.zeros(1, 32)))
-        torch.testing.assert_close(multiply(batch)[2:3], alone, atol=1e-6, rtol=1e-6)
-
-
-@fbgemm
 def test_release_drops_the_matrices():
     model = build(MODELS["grouped"])
     ids = random_rows(6)[0]
@@ -205,14 +189,64 @@ def test_release_drops_the_matrices():
     torch.testing.assert_close(decoder.prefill(*padded(model, [ids]))[0], expected)
 
 
-def test_bf16_where_the_machine_has_it():
+@bf16
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("name", ["grouped", "one kv head, biases", "wide heads, large eps", "qwen2"])
+def test_bf16_and_int8_against_the_rounded_model_in_fp32(name, weights):
+    model = build(MODELS[name])
+    decoder = Decoder.from_language(model, weights)
+    matrices = [module for part, module in model.named_modules() if part.endswith(("_proj", "lm_head"))]
+    with torch.no_grad():
+        for matrix in matrices:
+            values, scales = quantize(matrix.weight)
+            matrix.weight.data = values * scales[:, None].float() if weights == "int8" else matrix.weight.bfloat16().float()
+    rows = random_rows(11, 4, 1, 7, 3)  # more than the int8 kernel takes at once
+    following = torch.randint(97, (5, 4))
+    logits, cache = decoder.prefill(*padded(model, rows))
+    for count in range(5):
+        expected = torch.stack([full(model, torch.cat((row, new[:count]))) for row, new in zip(rows, following)])
+        assert (logits - expected).std() < 0.02 * expected.std()
+        if count == 2:
+            cache.keep(torch.tensor([3, 0, 2]))
+            rows, following, logits = [rows[index] for index in (3, 0, 2)], following[[3, 0, 2]], logits[[3, 0, 2]]
+        if count < 4:
+            logits = decoder.step(following[:, count], cache)
+
+
+@bf16
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_batched_equals_single_in_bf16_and_int8(weights):
     model = build(MODELS["grouped"])
-    if not has_bf16(torch.device("cpu")):
-        with pytest.raises(UsageError, match="no bf16 instructions"):
-            Decoder.from_language(model, "bf16")
-        return
-    logits, _ = Decoder.from_language(model, "bf16").prefill(*padded(model, random_rows(6)))
-    assert (logits[0] - full(model, random_rows(6)[0])).abs().max() < 0.1 * logits.std()
+    decoder = Decoder.from_language(model, weights)
+    rows = random_rows(9, 2, 5, 6, 1, 3)
+    tokens = torch.randint(97, (6,))
+    _, cache = decoder.prefill(*padded(model, rows))
+    together = decoder.step(tokens, cache)
+    for row, token, logits in zip(rows, tokens, together):
+        _, cache = decoder.prefill(*padded(model, [row]))
+        alone = decoder.step(token[None], cache)[0]
+        assert (alone - logits).std() < 0.02 * logits.std()
+
+
+@bf16
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_release_leaves_the_tied_embedding(weights):
+    model = build(MODELS["grouped"])
+    ids = random_rows(6)[0]
+    expected, _ = Decoder.from_language(model, weights).prefill(*padded(model, [ids]))
+    decoder = Decoder.from_language(model, weights, release=True)
+    assert model.model.layers[0].self_attn.q_proj.weight.numel() == 0
+    assert model.get_input_embeddings().weight.shape == (97, 48)
+    logits, cache = decoder.prefill(*padded(model, [ids]))
+    torch.testing.assert_close(logits, expected)
+    decoder.step(torch.tensor([5]), cache)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_without_bf16_instructions_its_formats_are_refused(weights, monkeypatch):
+    monkeypatch.setattr(decoder_module, "has_bf16", lambda device: False)
+    with pytest.raises(UsageError, match=f"weights {weights} need bf16 instructions"):
+        Decoder.from_language(build(MODELS["grouped"]), weights)
 
 
 @pytest.mark.parametrize("name", ["grouped", "gpt2"])
@@ -226,8 +260,8 @@ def test_bf16_model_on_any_machine(name):
 
 
 def test_impossible_formats_are_refused():
-    with pytest.raises(UsageError, match="int8"):
-        Decoder.from_language(build(MODELS["plain"]), "int8")
+    with pytest.raises(UsageError, match="'int4' is not one of auto"):
+        Decoder.from_language(build(MODELS["plain"]), "int4")
     with pytest.raises(UsageError, match="GPT2LMHeadModel"):
         Decoder.from_language(build(OTHERS["gpt2"]), "fp16")
 
