@@ -64,6 +64,8 @@ class ProjectorConfig:
             `resampler` (learned queries attend to the patches: a fixed number of tokens).
         factor: Side of the block of patches that `pixel_shuffle` or `pool` joins; must divide the patch grid.
         drop: Share of the patches that `pool` leaves out of its means in training, others each time: against learning by heart.
+        noise: Deviation of the noise that `pool` and `pixel_shuffle` add to the normalised features (deviation 1) in training:
+            against learning by heart where the features of a frozen encoder are the same in every epoch.
         queries: Tokens an image that `resampler` makes.
         heads: Attention heads of `resampler`.
         width: Hidden width of the two layers; null is the language model's width.
@@ -72,6 +74,7 @@ class ProjectorConfig:
     kind: Literal["linear", "mlp2x_gelu", "pixel_shuffle", "pool", "resampler"] = "pixel_shuffle"
     factor: int = 2
     drop: float = 0.0
+    noise: float = 0.0
     queries: int = 64
     heads: int = 8
     width: int | None = None
@@ -317,6 +320,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("model.vision.lora.dropout", "model.language.lora.dropout", "model.projector.drop"), _BELOW_ONE),
     **dict.fromkeys((f"model.projector.{key}" for key in ("factor", "queries", "heads", "width")), _FROM_ONE),
     "model.vision.image_size": _FROM_ONE,
+    "model.projector.noise": _FROM_ZERO,
     **dict.fromkeys((f"data.{key}" for key in ("max_length", "batch_size", "row_length")), _FROM_ONE),
     **dict.fromkeys(("data.feature_cache_gb", "data.workers"), _FROM_ZERO),
     "data.holdout": _BELOW_ONE,

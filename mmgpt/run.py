@@ -284,15 +284,19 @@ class Run:
         return ImageSource(model.vision, cache, frozen)
 
     def _set_precision(self, model: MultimodalGPT, device: torch.device) -> None:
-        """Frozen parts are kept in bf16 where training runs in it: autocast would convert them again in every forward."""
+        """Frozen weights are kept in bf16 where training runs in it: autocast would convert them again in every forward."""
         self.precision = machine.pick_precision(self.config.trainer.precision, device)
         if self.precision == "bf16-mixed":
             if not machine.has_bf16(device) and device.type == "cpu":
                 say("warning: this CPU has no bf16 instructions; --trainer.precision fp32 is many times faster")
-            for part in ("vision", "language"):
-                module = getattr(model, part)
-                if module is not None and not any(p.requires_grad for p in module.parameters()):
-                    module.to(torch.bfloat16)
+            for module in (model.vision, model.language):
+                frozen = [] if module is None else [p for p in module.parameters() if not p.requires_grad]
+                # FSDP joins the weights of a block to one tensor: there, adapters and what they adapt need one type.
+                if module is None or (self.config.trainer.strategy == "fsdp" and len(frozen) < len(list(module.parameters()))):
+                    continue
+                # Parameters alone: rotary frequencies, which are buffers, would lose their low bits.
+                for parameter in frozen:
+                    parameter.data = parameter.data.to(torch.bfloat16)
         if device.type != "cpu":
             model.to(device)
 

@@ -55,10 +55,17 @@ class ActNorm(nn.Module):
 
     Data-dependent initialisation of Glow (Kingma and Dhariwal 2018, section 3.1). Features read before a ViT's final norm have a
     few channels a hundred times larger than the rest; a LayerNorm, which divides by all of them together, drowns the others.
+
+    Args:
+        width: Channels.
+        noise: Standard deviation of Gaussian noise on the result, in training: on features of a frozen encoder, which are the
+            same in every epoch, what augmentation is on pictures. It acts as a penalty on the slope of what follows (Bishop
+            1995, "Training with noise is equivalent to Tikhonov regularization").
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, noise: float = 0.0):
         super().__init__()
+        self.noise = noise
         self.scale = nn.Parameter(torch.ones(width))
         self.shift = nn.Parameter(torch.zeros(width))
 
@@ -70,7 +77,8 @@ class ActNorm(nn.Module):
         self.shift.copy_(-rows.mean(0) * self.scale)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features * self.scale + self.shift
+        normal = features * self.scale + self.shift
+        return normal + self.noise * torch.randn_like(normal) if self.training and self.noise else normal
 
 
 class Pool(Projector):
@@ -80,12 +88,12 @@ class Pool(Projector):
     MM1 (McKinzie et al. 2024, section 3.2) found pooling as good as costlier ways to make tokens fewer.
     """
 
-    def __init__(self, grid: tuple[int, int], width: int, hidden: int, factor: int, inner: int, drop: float):
+    def __init__(self, grid: tuple[int, int], width: int, hidden: int, factor: int, inner: int, drop: float, noise: float = 0.0):
         super().__init__()
         _check_factor(grid, factor)
         self.grid, self.factor, self.drop = grid, factor, drop
         self.tokens = grid[0] * grid[1] // factor**2
-        self.norm = ActNorm(width)
+        self.norm = ActNorm(width, noise)
         self.fc1 = nn.Linear(width, inner)
         self.fc2 = nn.Linear(inner, hidden)
 
@@ -123,13 +131,13 @@ class PixelShuffle(Projector):
     Space to depth as in Idefics3 and nanoVLM.
     """
 
-    def __init__(self, grid: tuple[int, int], width: int, hidden: int, factor: int, inner: int):
+    def __init__(self, grid: tuple[int, int], width: int, hidden: int, factor: int, inner: int, noise: float = 0.0):
         super().__init__()
         rows, columns = grid
         _check_factor(grid, factor)
         self.grid, self.factor = grid, factor
         self.tokens = rows * columns // factor**2
-        self.norm = ActNorm(width)
+        self.norm = ActNorm(width, noise)
         self.fc1 = nn.Linear(width * factor**2, inner)
         self.fc2 = nn.Linear(inner, hidden)
 
@@ -189,7 +197,7 @@ def make_projector(config: ProjectorConfig, *, grid: tuple[int, int], width: int
     if config.kind == "mlp2x_gelu":
         return MLP(patches, width, hidden, inner)
     if config.kind == "pixel_shuffle":
-        return PixelShuffle(grid, width, hidden, config.factor, inner)
+        return PixelShuffle(grid, width, hidden, config.factor, inner, config.noise)
     if config.kind == "pool":
-        return Pool(grid, width, hidden, config.factor, inner, config.drop)
+        return Pool(grid, width, hidden, config.factor, inner, config.drop, config.noise)
     return Resampler(patches, width, hidden, config.queries, config.heads)

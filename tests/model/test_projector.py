@@ -127,3 +127,18 @@ def test_pool_evens_out_the_means_it_makes():
     evened = projector.norm(projector.eval().pool(features)).flatten(0, 1)
     torch.testing.assert_close(evened.mean(0), torch.zeros(WIDTH), atol=1e-4, rtol=0)
     torch.testing.assert_close(evened.std(0), torch.ones(WIDTH), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pixel_shuffle", "pool"])
+def test_noise_is_added_to_the_normalised_features_in_training_alone(kind):
+    projector = make(kind, noise=0.5)
+    torch.manual_seed(0)
+    rows = torch.randn(4000, WIDTH) * 7 + 3
+    projector.norm.initialize(rows)
+    clean = projector.eval().norm(rows)
+    added = projector.train().norm(rows) - clean
+    assert torch.equal(projector.eval().norm(rows), clean)
+    assert added.mean().abs() < 0.02
+    torch.testing.assert_close(added.std(0), torch.full((WIDTH,), 0.5), atol=0.02, rtol=0)
+    assert not torch.equal(projector.train()(torch.ones(1, 24, WIDTH)), projector(torch.ones(1, 24, WIDTH)))
