@@ -10,7 +10,6 @@ own the language model loss would move the weights as far with gamma_ptx = 27.8 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,24 +90,10 @@ def value_loss(
         clip: How far a prediction may go from the old one.
         count: Real tokens that the mean is over; None: those of `mask`.
     """
-    bounded = old + (values - old).clamp(-clip, clip)
+    # Clamped between two numbers, an unclipped prediction stays just what it is; old + (values - old) would not.
+    bounded = torch.minimum(torch.maximum(values, old - clip), old + clip)
     free, bound = (values - returns).square(), (bounded - returns).square()
     return Clipped(masked_mean(torch.maximum(free, bound), mask, count) / 2, masked_mean((bound > free).float(), mask, count))
-
-
-def ranked_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
-    """All pairs (better, worse) among the answers to one prompt; equal ranks make none.
-
-    Args:
-        ranks: One an answer, 1 is the best; any numbers that order.
-    """
-    order = range(len(ranks))
-    return [(i, j) if ranks[i] < ranks[j] else (j, i) for i in order for j in order[i + 1 :] if ranks[i] != ranks[j]]
-
-
-def pair_weight(answers: int) -> float:
-    """1 / C(K, 2), what each pair of a prompt with K answers counts (Ouyang et al. 2022, equation 1)."""
-    return 2 / (answers * (answers - 1))
 
 
 def reward_loss(scores: Tensor, better: Tensor, worse: Tensor, weights: Tensor, prompts: float) -> Tensor:
@@ -121,7 +106,7 @@ def reward_loss(scores: Tensor, better: Tensor, worse: Tensor, weights: Tensor, 
         scores: [N], of every answer of the batch, in any order.
         better: [P] long, rows of `scores`.
         worse: [P] long.
-        weights: [P], `pair_weight` of the pair's prompt.
+        weights: [P], 1 / C(K, 2) of the pair's prompt.
         prompts: Prompts that the mean is over (those of the whole optimizer step, where it is accumulated).
 
     Returns:
