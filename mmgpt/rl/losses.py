@@ -35,9 +35,8 @@ def log_probs_of(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tenso
 
 
 def entropy_of(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy of next-token distributions in nats: logits [..., V] -> [...], in fp32."""
-    log_probs = (logits.float() / temperature).log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum(-1)
+    """Entropy of next-token distributions in nats: logits [..., V] -> [...], in fp32; a logit of -inf takes no part."""
+    return torch.special.entr((logits.float() / temperature).softmax(-1)).sum(-1)
 
 
 @dataclass
