@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ from mmgpt.data.template import Encoded
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+MOST_ANSWERS = 9
+"""Answers to a prompt that are learnt from at one time: as many as InstructGPT's labellers ranked (section 3.5)."""
 _PROMPTS = ("prompt", "instruction", "question", "messages", "conversations")
 
 
@@ -83,6 +86,11 @@ def read_preferences(source: SourceConfig) -> Iterator[Preference | Rejected]:
         UserError: for a file that is broken as a whole.
     """
     check_counts(source)
+    if source.path == "letters" and not os.path.exists(source.path):
+        from mmgpt.data.letters import rank_letters
+
+        yield from rank_letters(source.split, source.limit or 512)
+        return
     votes = _Votes()
     count = 0
     for row in read_rows(source):
@@ -183,7 +191,11 @@ def _asked(fields: Mapping[str, Any]) -> Any:
 
 def _prompt(row: Row, asked: Any) -> list[Message]:
     """A prompt in canonical form, with the row's images in their places."""
-    turns = _dialogue(asked) if isinstance(asked, str) and _TURN.match(asked) else asked
+    turns = asked
+    if isinstance(asked, str) and _TURN.match(asked):
+        turns = _dialogue(asked)
+        if turns[-1] == {"role": "assistant", "content": ""}:
+            turns.pop()  # "\n\nAssistant:" at the end only says whose turn it is
     if isinstance(turns, str):
         turns = [{"role": "user", "content": turns.strip()}] if turns.strip() or row.images else []
     if not isinstance(turns, list) or not turns:
@@ -279,16 +291,23 @@ class _Votes:
 # Prompts as a whole
 
 
-def join_prompts(preferences: Sequence[Preference]) -> list[Preference]:
-    """One preference a prompt, with all its answers and pairs; the order is that in which the prompts are first met.
+def join_prompts(preferences: Sequence[Preference], most: int = MOST_ANSWERS) -> list[Preference]:
+    """One preference a prompt, with all its answers and pairs, in the order in which the prompts are first met.
 
     InstructGPT (Ouyang et al. 2022, section 3.5) keeps all comparisons of a prompt in one batch element: shuffled into one data
     set, each answer is learnt from in K - 1 steps, and the model overfits within one epoch.
+
+    Args:
+        preferences: In any order.
+        most: Answers that are joined at most; a prompt with more becomes several elements, none of them cut.
     """
-    groups: dict[str, list[Preference]] = {}
+    groups: dict[str, list[list[Preference]]] = {}
     for preference in preferences:
-        groups.setdefault(preference.key, []).append(preference)
-    return [_join(group) if len(group) > 1 else group[0] for group in groups.values()]
+        of_prompt = groups.setdefault(preference.key, [[]])
+        if of_prompt[-1] and len({answer for part in [*of_prompt[-1], preference] for answer in part.answers}) > most:
+            of_prompt.append([])
+        of_prompt[-1].append(preference)
+    return [_join(group) if len(group) > 1 else group[0] for of_prompt in groups.values() for group in of_prompt]
 
 
 def _join(group: Sequence[Preference]) -> Preference:
@@ -380,10 +399,10 @@ def load_preferences(
     max_length: int,
     report: RejectionReport,
 ) -> tuple[list[RankedItem], int]:
-    """Read sources whole, one item a prompt.
+    """Read sources whole, the comparisons of a prompt in one item (`join_prompts`).
 
     Returns:
-        The usable prompts, and how many rows there were in all; the others are in `report`.
+        The usable items, and how many rows there were in all; the others are in `report`.
     """
     found: list[Preference] = []
     total = 0
@@ -408,7 +427,7 @@ class PreferenceStatistics:
     """What to know of a set before a model learns from it.
 
     Args:
-        prompts, answers, pairs: Counts.
+        prompts, answers, pairs: Counts; an answer that several items hold counts in each.
         ties: Comparisons that made no pair.
         repeated: Pairs that stood there before, in the same order.
         contradictions: Pairs of one prompt that stand in both orders.
@@ -445,7 +464,7 @@ def statistics(items: Sequence[RankedItem]) -> PreferenceStatistics:
     wins = [item.lengths[b] - item.lengths[w] for item, b, w in pairs]
     orders = [set(item.preference.pairs) for item in items]
     return PreferenceStatistics(
-        prompts=len(items),
+        prompts=len({item.preference.key for item in items}),
         answers=sum(len(item.branches) for item in items),
         pairs=len(pairs),
         ties=sum(item.preference.compared - len(item.preference.pairs) for item in items),

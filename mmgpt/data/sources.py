@@ -66,6 +66,11 @@ def read_source(source: SourceConfig, *, seed: int = 0) -> Iterator[Sample | Rej
         raise UsageError(f"source {source.path}: question is empty; write one, or a list of several")
     if source.path == "shapes" and not os.path.exists(source.path):
         return draw_shapes(source.split, source.limit or 512)
+    if source.path == "letters" and not os.path.exists(source.path):
+        # Not at the top: `letters` makes preferences too, whose reader stands on this one.
+        from mmgpt.data.letters import draw_letters
+
+        return draw_letters(source.split, source.limit or 512)
     path, name = _locate(source)
     return _passes(path, READERS[name], source, seed)
 

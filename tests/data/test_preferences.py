@@ -118,7 +118,7 @@ def test_votes_on_a_pair_are_counted_whichever_side_it_stood_on(tmp_path):
 
     rows = [vote("a", "b", 1), vote("b", "a", 1), vote("b", "a", 1.9), vote("c", "d", 2), vote("d", "c", 2), vote("e", "f", None)]
     found = read(tmp_path, *rows)
-    assert isinstance(found[0], Preference) and (found[0].answers, found[0].pairs) == (["a", "b"], [(1, 0)])
+    assert isinstance(found[0], Preference) and (found[0].answers, found[0].pairs) == (["a", "b"], [(0, 1)])
     assert [item.reason for item in found[1:]] == ["only_ties", "only_ties"]  # type: ignore[union-attr]
 
 
@@ -258,7 +258,9 @@ def test_no_prompt_is_on_both_sides(prompts, share, seed):
     assert len(train) + len(held) == len(items)
     assert not {item.preference.key for item in train} & {item.preference.key for item in held}
     assert train and (held or share == 0 or len(set(prompts)) == 1)
-    assert len(join_prompts(preferences)) == len(set(prompts))
+    assert len(join_prompts(preferences, most=100)) == len(set(prompts))
+    small = join_prompts(preferences, most=4)
+    assert sum(len(part.pairs) for part in small) == len(prompts) and all(len(part.answers) <= 4 for part in small)
 
 
 def test_what_a_judge_of_length_would_reach(tmp_path):
