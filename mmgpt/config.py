@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mmgpt.errors import UsageError
 
-Stage = Literal["align", "instruct"]
+Stage = Literal["align", "instruct", "reward"]
 
 
 @dataclass
@@ -185,11 +185,19 @@ class DataConfig:
 
 @dataclass
 class PartRates:
-    """Peak learning rate of each part; 0 freezes it."""
+    """Peak learning rate of each part; 0 freezes it.
+
+    Args:
+        projector: Of the projector.
+        language: Of the language model, or of its adapters.
+        vision: Of the image encoder, or of its adapters.
+        head: Of the scalar head, where the stage has one; null is the language model's.
+    """
 
     projector: float = 1e-3
     language: float = 0.0
     vision: float = 0.0
+    head: float | None = None
 
 
 @dataclass
@@ -277,17 +285,33 @@ class EvaluateConfig:
 
 
 @dataclass
+class RewardConfig:
+    """What the stage `reward` is told.
+
+    Args:
+        demonstrations: Good answers, which score 0 on average once the model is trained; empty takes the preferred answers of
+            the training prompts.
+        demonstration_limit: At most this many of them are scored.
+    """
+
+    demonstrations: list[SourceConfig] = field(default_factory=list)
+    demonstration_limit: int = 256
+
+
+@dataclass
 class RunConfig:
     """One run of `python -m mmgpt.train`.
 
     Args:
-        stage: The objective: `align` trains the projector alone, `instruct` whatever has a learning rate.
+        stage: The objective: `align` trains the projector alone, `instruct` whatever has a learning rate; `reward` learns from
+            preferences to score answers.
         run_dir: Where everything goes; must not hold another run unless `resume` is set.
         model: The model.
         data: The data.
         optimizer: The optimizer.
         trainer: The loop.
         evaluate: What is measured.
+        reward: The reward model.
         export: `trained` stores what the run changed and names the rest; `all` stores every weight in one file.
         overwrite: Replace a finished run in `run_dir`.
         resume: Continue the run in `run_dir` from its last checkpoint.
@@ -301,6 +325,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     export: Literal["trained", "all"] = "trained"
     overwrite: bool = False
     resume: bool = False

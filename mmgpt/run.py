@@ -30,7 +30,7 @@ from mmgpt.evaluate.report import show_batch, write_report
 from mmgpt.loop.checkpoint import Checkpointer, Stopped
 from mmgpt.loop.metrics import MetricsFile
 from mmgpt.loop.progress import ProgressBar
-from mmgpt.model.multimodal import MultimodalGPT
+from mmgpt.model.multimodal import PARTS, MultimodalGPT
 from mmgpt.stages.instruct import Instruct, stage_rates
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -93,7 +93,7 @@ class Run:
         say(f"data: {', '.join(source.path for source in config.data.train)}")
         report = RejectionReport(None if config.show_batch else self.folder / "bad_samples.jsonl")
         train, validation = self._items(model, report)
-        stage = Instruct(model, config, None, total_steps=1)
+        stage = self._stage(model)
         self._set_precision(model, device)
         stage.images = self._images(model, device)
         if config.show_batch:
@@ -101,36 +101,11 @@ class Run:
         if config.resume:
             self._check_checkpoint(stage)
         trainer = self._trainer(model, validation)
-        shared: dict[str, Any] = dict(
-            pad_id=model.tokenizer.pad_id,
-            report=report,
-            seed=config.trainer.seed,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-        )
-        accumulate = config.trainer.accumulate
-        varied = stage.images
-        if varied is not None and config.data.augment:
-            varied = dataclasses.replace(varied, augment=varied.encoder.preprocess.augment)
-        loader: BatchLoader | StreamLoader
-        if config.data.stream:
-            loader = StreamLoader(
-                config.data.train,
-                model.encode,
-                config.data,
-                total=(config.trainer.max_steps or 0) * accumulate,
-                max_length=self._longest(model),
-                accumulate=accumulate,
-                images=varied,
-                **shared,
-            )
-        else:
-            loader = BatchLoader(train, config.data, accumulate=accumulate, images=varied, **shared)
-        held = BatchLoader(validation, config.data, shuffle=False, images=stage.images, **shared) if validation else None
+        loader, held = self._loaders(model, stage, train, validation, report, trainer)
         if config.show_batch:
-            show_batch(model, loader)
+            self._show_batch(model, loader)
             return 0
-        steps = config.trainer.epochs * -(-len(loader) // accumulate)
+        steps = config.trainer.epochs * -(-len(loader) // config.trainer.accumulate)
         stage.total_steps = min(steps, config.trainer.max_steps or steps)
         self._describe_run(model, train, validation, report, stage.total_steps)
         if config.trainer.compile:
@@ -154,7 +129,8 @@ class Run:
             # Every rank holds a shard: all gather what was learnt, and it goes into a whole model.
             learnt = trainer.strategy.lightning_module_state_dict()
             model = MultimodalGPT.from_config(config.model)
-            model.load_state_dict({key.removeprefix("model."): value for key, value in learnt.items()}, strict=False)
+            stage.model = self._stage(model).model
+            stage.model.load_state_dict({key.removeprefix("model."): value for key, value in learnt.items()}, strict=False)
         if trainer.is_global_zero:
             try:
                 self._finish(model, stage, validation, seconds)
@@ -246,7 +222,7 @@ class Run:
         changed = [key for key in now if before.get(key) != now[key] and not key.startswith(FREE_KEYS)]
         return [f"{key} ({before.get(key)} -> {now[key]})" for key in changed]
 
-    def _items(self, model: MultimodalGPT, report: RejectionReport) -> tuple[list[Item], list[Item]]:
+    def _items(self, model: MultimodalGPT, report: RejectionReport) -> tuple[list[Any], list[Any]]:
         data, seed = self.config.data, self.config.trainer.seed
         if not data.train:
             raise UsageError("data.train names no source: give at least one, for example --data.train '[{path: photos}]'")
@@ -267,6 +243,61 @@ class Run:
         else:
             train, validation = split_holdout(train, data.holdout, seed)
         return train, validation
+
+    def _stage(self, model: MultimodalGPT) -> Instruct:
+        """Model and objective, before it is known how many steps there will be."""
+        return Instruct(model, self.config, None, total_steps=1)
+
+    def _loaders(
+        self,
+        model: MultimodalGPT,
+        stage: Instruct,
+        train: list[Any],
+        validation: list[Any],
+        report: RejectionReport,
+        trainer: L.Trainer,
+    ) -> tuple[BatchLoader | StreamLoader, BatchLoader | None]:
+        """What training and validation go over."""
+        config, shared = self.config, self._loading(model, report, trainer)
+        accumulate, varied = config.trainer.accumulate, stage.images
+        if varied is not None and config.data.augment:
+            varied = dataclasses.replace(varied, augment=varied.encoder.preprocess.augment)
+        loader: BatchLoader | StreamLoader
+        if config.data.stream:
+            loader = StreamLoader(
+                config.data.train,
+                model.encode,
+                config.data,
+                total=(config.trainer.max_steps or 0) * accumulate,
+                max_length=self._longest(model),
+                accumulate=accumulate,
+                images=varied,
+                **shared,
+            )
+        else:
+            loader = BatchLoader(train, config.data, accumulate=accumulate, images=varied, **shared)
+        held = BatchLoader(validation, config.data, shuffle=False, images=stage.images, **shared) if validation else None
+        return loader, held
+
+    def _loading(self, model: MultimodalGPT, report: RejectionReport, trainer: L.Trainer) -> dict[str, Any]:
+        """What every loader is told."""
+        return dict(
+            pad_id=model.tokenizer.pad_id,
+            report=report,
+            seed=self.config.trainer.seed,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+        )
+
+    def _show_batch(self, model: MultimodalGPT, loader: Any) -> None:
+        show_batch(model, loader)
+
+    def _pictures(self, train: list[Any]) -> Iterable[Any]:
+        """Images of the training samples, for the projector to see before its first step."""
+        samples: Iterable[Sample | Rejected] = [item.sample for item in train]
+        if self.config.data.stream:
+            samples = (found for source in self.config.data.train for found in read_source(source))
+        return (image for sample in samples if isinstance(sample, Sample) for image in sample.images)
 
     def _longest(self, model: MultimodalGPT) -> int:
         data = self.config.data
@@ -300,16 +331,12 @@ class Run:
         if device.type != "cpu":
             model.to(device)
 
-    def _initialize_projector(self, model: MultimodalGPT, images: ImageSource | None, train: list[Item]) -> None:
+    def _initialize_projector(self, model: MultimodalGPT, images: ImageSource | None, train: list[Any]) -> None:
         """Show the projector the features of some training images before its first step."""
         if images is None or model.projector is None:
             return
-        samples: Iterable[Sample | Rejected] = [item.sample for item in train]
-        if self.config.data.stream:
-            samples = (found for source in self.config.data.train for found in read_source(source))
-        found = (image for sample in samples if isinstance(sample, Sample) for image in sample.images)
         features = []
-        for image in found:
+        for image in self._pictures(train):
             try:
                 shown = images([image])
             except UserError:
@@ -322,14 +349,17 @@ class Run:
         if features:
             model.projector.initialize(torch.cat(features).to(next(model.projector.parameters()).device))
 
-    def _trainer(self, model: MultimodalGPT, validation: list[Item]) -> L.Trainer:
+    def _callbacks(self, validation: list[Any]) -> list[L.Callback]:
+        """What the stage wants to be told of while it trains."""
+        return [SampleAnswers(validation, self.config.evaluate)] if validation and self.config.evaluate.generate else []
+
+    def _trainer(self, model: MultimodalGPT, validation: list[Any]) -> L.Trainer:
         settings = self.config.trainer
         self.metrics = MetricsFile(self.folder / "metrics.csv", resume_step=self.resume_step)
         callbacks: list[L.Callback] = [Checkpointer(self.folder / "checkpoints", settings.checkpoint_every)]
         if settings.progress:
             callbacks.append(ProgressBar())
-        if validation and self.config.evaluate.generate:
-            callbacks.append(SampleAnswers(validation, self.config.evaluate))
+        callbacks += self._callbacks(validation)
         return L.Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
@@ -375,33 +405,42 @@ class Run:
         return []
 
     def _describe_run(
-        self, model: MultimodalGPT, train: list[Item], validation: list[Item], report: RejectionReport, steps: int
+        self, model: MultimodalGPT, train: list[Any], validation: list[Any], report: RejectionReport, steps: int
     ) -> None:
         if not train:
             say(f"streaming; {len(validation)} samples to validate; {steps} steps, {self.precision}")
             return
-        learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        everything = sum(p.numel() for p in model.parameters())
         tokens = sum(len(item.encoded) for item in train)
         supervised = sum(sum(item.encoded.supervised) for item in train)
         say(
             f"{len(train)} samples to train on ({tokens / len(train):.0f} tokens each, {supervised / tokens:.1%} supervised), "
-            f"{len(validation)} to validate; {learnt / 1e6:.1f}M of {everything / 1e6:.0f}M weights learn; {steps} steps, "
-            f"{self.precision}, {torch.get_num_threads()} threads"
+            f"{len(validation)} to validate; {self._what_learns(model, steps)}"
         )
         if len(report):
             say(report.summary())
 
+    def _what_learns(self, model: torch.nn.Module, steps: int) -> str:
+        learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        everything = sum(p.numel() for p in model.parameters())
+        return (
+            f"{learnt / 1e6:.1f}M of {everything / 1e6:.0f}M weights learn; {steps} steps, {self.precision}, "
+            f"{torch.get_num_threads()} threads"
+        )
+
     # After training
 
-    def _finish(self, model: MultimodalGPT, stage: Instruct, validation: list[Item], seconds: float) -> None:
+    def _export(self, model: MultimodalGPT, stage: Instruct, seconds: float) -> None:
+        """Write what was learnt to `model/`."""
+        stage.model.to("cpu")
+        model.altered |= {part for part in PARTS if stage.rates.get(part, 0) > 0 and not model.lora_rank(part)}
+        exported = self.folder / "model"
+        stage.model.save_pretrained(exported, full=self.config.export == "all")
+        say(f"trained in {seconds:.0f} s; model in {exported}")
+
+    def _finish(self, model: MultimodalGPT, stage: Instruct, validation: list[Any], seconds: float) -> None:
         """Export, load the export again as a user would, measure that."""
         config = self.config
-        model.to("cpu")
-        model.altered |= {part for part, rate in stage.rates.items() if rate > 0 and not model.lora_rank(part)}
-        exported = self.folder / "model"
-        model.save_pretrained(exported, full=config.export == "all")
-        say(f"trained in {seconds:.0f} s; model in {exported}")
+        self._export(model, stage, seconds)
         score: Score | None = None
         answered: list[Answered] = []
         items = validation

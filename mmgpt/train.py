@@ -178,6 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet()
+    if config.stage == "reward":
+        from mmgpt.run_reward import RewardRun
+
+        return RewardRun(config).execute()
     from mmgpt.run import Run
 
     return Run(config).execute()

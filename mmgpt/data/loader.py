@@ -150,7 +150,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        items: Sequence[Item],
+        items: Sequence[Any],
         config: DataConfig,
         *,
         pad_id: int,
@@ -173,9 +173,13 @@ class BatchLoader:
         self.rank, self.world = rank, world
         self.epoch = 0
         self.position = 0
-        self.lengths = [len(item.encoded) for item in items]
-        self.supervised = [sum(item.encoded.supervised[1:]) for item in items]
+        self.lengths, self.weights = self.measure()
         self._plans: dict[int, list[list[list[int]]]] = {}
+
+    def measure(self) -> tuple[list[int], list[int]]:
+        """Of each sample: the tokens it takes in a row, and what it adds to the divisor of its step's loss."""
+        encoded = [item.encoded for item in self.items]
+        return [len(sample) for sample in encoded], [sum(sample.supervised[1:]) for sample in encoded]
 
     def _plan(self, epoch: int) -> list[list[list[int]]]:
         """All ranks' batches of an epoch; a remainder that would leave ranks without work is dropped in training."""
@@ -184,7 +188,7 @@ class BatchLoader:
                 self.lengths,
                 batching=self.config.batching,
                 batch_size=self.config.batch_size,
-                row_length=self.config.row_length or self.config.max_length,
+                row_length=max(self.config.row_length or self.config.max_length, *self.lengths, 0),
                 seed=self.seed,
                 epoch=epoch if self.shuffle else 0,
             )
@@ -228,13 +232,15 @@ class BatchLoader:
         plan = self._plan(epoch)
         group = self.accumulate * self.world
         step = plan[number // group * group : (number // group + 1) * group]
-        return build_batch(
-            [[self.items[index] for index in row] for row in plan[number]],
-            self.images,
-            random.Random(f"{self.seed}/{epoch}/{number}"),
-            pad_id=self.pad_id,
-            target_count=sum(self.supervised[index] for rows in step for row in rows for index in row),
-        )
+        rows = [[self.items[index] for index in row] for row in plan[number]]
+        divisor = sum(self.weights[index] for rows in step for row in rows for index in row)
+        return self.collate(rows, random.Random(f"{self.seed}/{epoch}/{number}"), divisor)
+
+    def collate(
+        self, rows: Sequence[Sequence[Any]], rng: random.Random, divisor: int
+    ) -> tuple[Batch, list[Rejected]]:
+        """A batch of rows of samples, and the samples that had to be left out of it."""
+        return build_batch(rows, self.images, rng, pad_id=self.pad_id, target_count=divisor)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}

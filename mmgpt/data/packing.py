@@ -50,6 +50,15 @@ class Batch:
         """Whether any row holds more than one sample (then attention needs a block mask, not just a causal one)."""
         return bool((self.segment_ids > 1).any())
 
+    @property
+    def separate(self) -> bool:
+        """Whether no segment sees another, so that attention may go through them one by one."""
+        return True
+
+    def mask(self) -> torch.Tensor | None:
+        """Who may see whom (`block_mask`); None where plain causal attention is right."""
+        return block_mask(self.segment_ids) if self.packed else None
+
     def to(self, device: torch.device) -> Batch:
         import torch
 
@@ -58,7 +67,7 @@ class Batch:
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
-        return Batch(**{**vars(self), **moved})
+        return type(self)(**{**vars(self), **moved})
 
 
 def balanced_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:

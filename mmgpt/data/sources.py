@@ -59,16 +59,36 @@ def read_source(source: SourceConfig, *, seed: int = 0) -> Iterator[Sample | Rej
         UsageError: where the path, a column, the split is not there, or a setting makes no sense.
         UserError: for a file that is broken as a whole.
     """
-    if source.repeat < 0 or (source.limit is not None and source.limit < 0):
-        raise UsageError(f"source {source.path}: repeat and limit must not be negative")
+    check_counts(source)
     if "{}" not in source.answer:
         raise UsageError(f"source {source.path}: answer {source.answer!r} has no {{}} where the caption goes")
     if not source.question:
         raise UsageError(f"source {source.path}: question is empty; write one, or a list of several")
     if source.path == "shapes" and not os.path.exists(source.path):
         return draw_shapes(source.split, source.limit or 512)
+    if source.path == "letters" and not os.path.exists(source.path):
+        # Not at the top: `letters` makes preferences too, whose reader stands on this one.
+        from mmgpt.data.letters import draw_letters
+
+        return draw_letters(source.split, source.limit or 512)
     path, name = _locate(source)
     return _passes(path, READERS[name], source, seed)
+
+
+def check_counts(source: SourceConfig) -> None:
+    """Raises UsageError for a `repeat` or `limit` below 0."""
+    if source.repeat < 0 or (source.limit is not None and source.limit < 0):
+        raise UsageError(f"source {source.path}: repeat and limit must not be negative")
+
+
+def read_rows(source: SourceConfig) -> Iterator[Row | Rejected]:
+    """The records of a source as they stand in it, for readers of other things than conversations to learn from.
+
+    Raises:
+        UsageError: as `read_source`.
+    """
+    path, name = _locate(source)
+    return _rows(path, READERS[name], source)
 
 
 def detect_format(path: str) -> str:
@@ -165,17 +185,25 @@ def _passes(
 def _one_pass(
     path: str, reader: Callable[[str, SourceConfig], Iterator[Row | Rejected]], source: SourceConfig, seed: str
 ) -> Iterator[Sample | Rejected]:
-    splits: set[str] = set()
-    for item in reader(path, source):
+    for item in _rows(path, reader, source):
         if isinstance(item, Rejected):
             yield item
-            continue
-        if source.split:
+        else:
+            yield from _samples(item, source, seed)
+
+
+def _rows(
+    path: str, reader: Callable[[str, SourceConfig], Iterator[Row | Rejected]], source: SourceConfig
+) -> Iterator[Row | Rejected]:
+    """The rows of the split that is asked for."""
+    splits: set[str] = set()
+    for item in reader(path, source):
+        if source.split and isinstance(item, Row):
             split = str(item.fields.get("split"))
             splits.add(split)
             if split != source.split:
                 continue
-        yield from _samples(item, source, seed)
+        yield item
     if source.split and splits and source.split not in splits:
         there = "no column split" if splits == {"None"} else "there is " + ", ".join(sorted(splits)[:10])
         raise UsageError(f"{source.path} has no row with split {source.split!r}: {there}")
@@ -185,11 +213,11 @@ def _samples(row: Row, source: SourceConfig, seed: str) -> Iterator[Sample | Rej
     """The samples of one row: a conversation, a question with its answer, or captions."""
     fields = row.fields
     try:
-        images = [_image(image, row.root) for image in row.images]
+        images = [image_reference(image, row.root) for image in row.images]
         column = _text_column(fields, source)
         value = fields[column]
         if column in ("messages", "conversations") or _is_conversation(value):
-            yield _conversation(value, images, row)
+            yield conversation(value, images, row)
         elif column == "question":
             answers = [text for name in ANSWER_COLUMNS for text in _texts(fields.get(name))]
             yield _question_answer(str(value), (answers or [""])[0], images, row.where)
@@ -248,7 +276,7 @@ def _question_answer(question: str, answer: str, images: list[ImageRef], where: 
     return Sample([user(question, images), assistant(answer)], where)
 
 
-def _conversation(value: Any, images: list[ImageRef], row: Row) -> Sample:
+def conversation(value: Any, images: list[ImageRef], row: Row) -> Sample:
     """A chat in the form of `messages`, or LLaVA's {from, value} turns.
 
     Images come inline, or at the `<image>` of the text in order; where nothing marks them, before the first question.
@@ -274,7 +302,7 @@ def _conversation(value: Any, images: list[ImageRef], row: Row) -> Sample:
             text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
             if isinstance(part, Mapping) and part.get("type") == "image":
                 image = part.get("image")
-                parts.append({"type": "image", "image": _take(left) if image is None else _image(image, row.root)})
+                parts.append({"type": "image", "image": _take(left) if image is None else image_reference(image, row.root)})
             elif isinstance(text, str) and marked and turn["role"] != "assistant":
                 for place, piece in enumerate(_MARKER.split(text)):
                     parts += [{"type": "image", "image": _take(left)}] if place else []
@@ -296,7 +324,7 @@ def _take(images: list[ImageRef]) -> ImageRef:
     return images.pop(0)
 
 
-def _image(value: Any, root: Path) -> ImageRef:
+def image_reference(value: Any, root: Path) -> ImageRef:
     """An image as a record names it: paths start from `root` and must exist."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")

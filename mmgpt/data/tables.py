@@ -29,6 +29,9 @@ IMAGE_COLUMNS = ("image", "images", "img", "picture", "photo", "image_bytes", "i
 CAPTION_COLUMNS = ("captions", "caption", "text", "label", "class_name", "class")
 ANSWER_COLUMNS = ("answer", "multiple_choice_answer", "answers")
 TEXT_COLUMNS = ("messages", "conversations", "question", *ANSWER_COLUMNS, *CAPTION_COLUMNS, "tags")
+# A table of preferences has one of the first four, and says with the others what was asked and who won.
+PREFERRED_COLUMNS = ("chosen", "completions", "output_1", "ranks")
+PREFERENCE_COLUMNS = (*PREFERRED_COLUMNS, "rejected", "output_2", "prompt", "instruction", "scores", "votes", "preference")
 CACHE_BYTES = 256 * 2**20
 """Row groups that a process keeps, for images read in random order."""
 
@@ -260,7 +263,9 @@ def find_image_column(columns: list[str], known: list[str], source: SourceConfig
             return name
         if name == source.image_column != default:
             break
-    if source.image_column == default and ({"messages", "conversations", source.text_column} & set(columns)):
+    if source.image_column == default and (
+        {"messages", "conversations", source.text_column, *PREFERRED_COLUMNS} & set(columns)
+    ):
         return None
     there = ", ".join(columns)
     raise UsageError(f"{place} has no image column {source.image_column!r}; its columns are {there}: set image_column")
@@ -273,6 +278,8 @@ def find_text_columns(columns: list[str], source: SourceConfig, place: str) -> l
         UsageError: where none of the usual names, or not the one that is asked for, is there.
     """
     found = [name for name in TEXT_COLUMNS if name in columns]
+    if set(PREFERRED_COLUMNS) & set(columns):
+        found += [name for name in PREFERENCE_COLUMNS if name in columns]
     if source.text_column:
         found = [source.text_column] if source.text_column in columns else []
     if not found:
@@ -315,7 +322,8 @@ def table_row(row: Row, names: dict[str, list[str]], image_column: str | None) -
             return Rejected(
                 "bad_label", row.where, f"no class {label} in column {column!r} ({len(names[column])} names)"
             )
-    if image_column and not row.images and not record.get("messages") and not record.get("conversations"):
+    alone = ("messages", "conversations", *PREFERRED_COLUMNS)
+    if image_column and not row.images and not any(record.get(name) for name in alone):
         return Rejected("missing_image", row.where, f"column {image_column!r} is empty")
     return row
 

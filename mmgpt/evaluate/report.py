@@ -47,13 +47,13 @@ def write_report(
         lines += [f"![]({path.relative_to(folder)})" for path in shown]
         lines += ["", f"**{_one_line(_question(prompt))}**", "", f"> {_one_line(sample.answer) or '(no answer)'}", ""]
         lines += [f"{'Exact' if sample.exact else 'Reference'}: {_one_line(sample.reference)}", ""]
-    with _replacing(folder / "samples.md") as fresh:
+    with replacing(folder / "samples.md") as fresh:
         fresh.write_text("\n".join(lines), encoding="utf-8")
     return pictures
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary name that becomes `path` when the block is left, and is removed where it fails."""
     fresh = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
@@ -85,24 +85,28 @@ def _save_pictures(folder: Path, messages: Sequence[Message], before: int) -> li
         path.parent.mkdir(exist_ok=True)
         picture = open_image(image)
         picture.thumbnail((512, 512))
-        with _replacing(path) as fresh:
+        with replacing(path) as fresh:
             picture.save(fresh, quality=90)
         paths.append(path)
     return paths
 
 
-def plot_metrics(folder: Path) -> None:
-    """loss.png (training and validation) and accuracy.png (of the supervised tokens)."""
+Plots = dict[str, tuple[str, dict[str, str]]]
+"""File name: what is shown, and the metric of each curve by its name."""
+TOKEN_PLOTS: Plots = {
+    "loss.png": ("loss per supervised token", {"training": "train/loss", "validation": "val/loss"}),
+    "accuracy.png": ("accuracy per supervised token", {"training": "train/accuracy", "validation": "val/token_accuracy"}),
+}
+
+
+def plot_metrics(folder: Path, plots: Plots = TOKEN_PLOTS) -> None:
+    """Curves of metrics.csv: loss.png and accuracy.png, training and validation."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     series = read_metrics(folder / "metrics.csv")
-    plots = {
-        "loss.png": ("loss per supervised token", {"training": "train/loss", "validation": "val/loss"}),
-        "accuracy.png": ("accuracy per supervised token", {"training": "train/accuracy", "validation": "val/token_accuracy"}),
-    }
     for name, (title, curves) in plots.items():
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
         for label, key in curves.items():
@@ -126,7 +130,7 @@ def plot_metrics(folder: Path) -> None:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         if axes.has_data():
             axes.legend(frameon=False, loc="lower right" if name == "accuracy.png" else "upper right")
-        with _replacing(folder / name) as fresh:
+        with replacing(folder / name) as fresh:
             figure.savefig(fresh, dpi=120)
         pyplot.close(figure)
 

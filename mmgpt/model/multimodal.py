@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mmgpt.config import LanguageConfig, LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
 from mmgpt.data.messages import Message, MessageError, normalize, user
-from mmgpt.data.packing import Batch, block_mask
+from mmgpt.data.packing import Batch
 from mmgpt.data.template import Encoded, control_id, encode, get_template
 from mmgpt.data.tokenizer import Tokenizer
 from mmgpt.errors import UserError
@@ -203,12 +203,11 @@ class MultimodalGPT(nn.Module):
     def hidden(self, batch: Batch) -> torch.Tensor:
         """[B, L, H] final hidden states of a batch whose `images` are tensors; samples of one row do not see each other."""
         embeds = self.embed(batch.input_ids, batch.images, batch.where)
-        if by_segments(self.language):
+        if by_segments(self.language) and batch.separate:
             positions = batch.position_ids if batch.packed else None
             return hidden_states(self.language, embeds, positions, None, Segments.of(batch.segment_ids))
-        if batch.packed:
-            return hidden_states(self.language, embeds, batch.position_ids, block_mask(batch.segment_ids))
-        return hidden_states(self.language, embeds, None, None)
+        mask = batch.mask()
+        return hidden_states(self.language, embeds, None if mask is None else batch.position_ids, mask)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[B, L, V] next-token logits in fp32."""
@@ -332,13 +331,16 @@ class MultimodalGPT(nn.Module):
 
     # Files
 
-    def save_pretrained(self, folder: str | Path, *, full: bool = True) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, full: bool = True, beside: Callable[[Path], None] | None = None
+    ) -> None:
         """Write config.json, model.safetensors, the tokenizer and preprocessor_config.json, all or nothing.
 
         Args:
             folder: Replaced where it exists.
             full: Store every weight; False stores what training changed (adapters, where that is all that changed in a part)
                 and leaves the rest to be found by name when the model is loaded.
+            beside: Writes more files into the folder it is given, before that takes its place.
 
         Raises:
             UserError: the disk is full or cannot be written to; what was in `folder` is still there.
@@ -368,6 +370,8 @@ class MultimodalGPT(nn.Module):
                 if self.vision is not None:
                     settings = dataclasses.asdict(self.vision.preprocess)
                     (fresh / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+                if beside is not None:
+                    beside(fresh)
                 old = Path(temporary) / "old"
                 if folder.exists():
                     os.replace(folder, old)

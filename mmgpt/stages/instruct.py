@@ -21,10 +21,13 @@ from mmgpt.stages.optimizer import freeze, make_optimizer
 
 
 def stage_rates(config: RunConfig) -> dict[str, float]:
-    """Learning rate by part; `align` freezes all but the projector."""
+    """Learning rate by part; `align` freezes all but the projector, `reward` has a head."""
     rates = {part: float(getattr(config.optimizer.lr, part)) for part in ("vision", "projector", "language")}
     if config.stage == "align":
         rates.update(vision=0.0, language=0.0)
+    if config.stage == "reward":
+        head = config.optimizer.lr.head
+        rates["head"] = rates["language"] if head is None else head
     return rates
 
 
@@ -47,7 +50,7 @@ class Instruct(L.LightningModule):
         self.rates = stage_rates(config)
         freeze(model, self.rates)
         self._validation: list[tuple[float, int, int]] = []
-        self._seen = {"samples": 0, "tokens": 0, "supervised": 0}
+        self._seen = {"samples": 0, "tokens": 0}
         self._clock = time.perf_counter()
 
     def configure_optimizers(self) -> Any:
@@ -88,20 +91,24 @@ class Instruct(L.LightningModule):
         if batch.images is None:
             # Text alone reaches neither encoder nor projector; backward, and every rank, must find a gradient all the same.
             loss = loss + 0.0 * sum(p.sum() for n, p in self.named_parameters() if p.requires_grad and ".language." not in n)
-        self._log_train(batch, float(result.loss.detach()) / max(1, result.count), int(result.correct))
+        supervised = batch.supervised
+        measured = {
+            "train/accuracy": int(result.correct) / max(1, supervised),
+            "train/supervised_share": supervised / max(1, batch.tokens),
+        }
+        self.log_train(batch, float(result.loss.detach()) / max(1, result.count), measured)
         return loss
 
-    def _log_train(self, batch: Batch, loss: float, correct: int) -> None:
-        tokens, supervised = batch.tokens, batch.supervised
+    def log_train(self, batch: Batch, loss: float, measured: dict[str, float]) -> None:
+        """Log a training batch: its loss, what else was measured on it, and the throughput."""
+        tokens = batch.tokens
         self._seen["samples"] += batch.samples
         self._seen["tokens"] += tokens
-        self._seen["supervised"] += supervised
         seconds = max(1e-9, time.perf_counter() - self._clock)
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
         self.log_dict(
             {
-                "train/accuracy": correct / max(1, supervised),
-                "train/supervised_share": supervised / max(1, tokens),
+                **measured,
                 "train/fill": tokens / batch.input_ids.numel(),
                 "train/samples_per_s": self._seen["samples"] / seconds,
                 "train/tokens_per_s": self._seen["tokens"] / seconds,
@@ -109,7 +116,6 @@ class Instruct(L.LightningModule):
             },
             batch_size=1,
         )
-        self._progress = {"samples/s": self._seen["samples"] / seconds, "tokens/s": self._seen["tokens"] / seconds}
 
     def on_train_start(self) -> None:
         self._clock = time.perf_counter()

@@ -9,6 +9,7 @@ from tiny_models import ARCHITECTURES, VIT, enliven, grads, make_batch, noise, t
 from torch.nn import functional as F
 
 from mmgpt.config import LanguageConfig, LoraConfig, ModelConfig, ProjectorConfig
+from mmgpt.data import packing
 from mmgpt.data.messages import MessageError, normalize
 from mmgpt.data.packing import collate
 from mmgpt.data.tokenizer import Tokenizer
@@ -57,7 +58,7 @@ def test_another_document_changes_nothing_and_a_leak_would_be_seen(family, monke
     torch.testing.assert_close(second_document(firsts[0]), second_document(firsts[1]), atol=1e-5, rtol=1e-5)
     leaky = torch.ones(512, 512, dtype=torch.bool).tril()
     monkeypatch.setattr(
-        multimodal, "block_mask", lambda segments: leaky[None, None, : segments.shape[1], : segments.shape[1]]
+        packing, "block_mask", lambda segments: leaky[None, None, : segments.shape[1], : segments.shape[1]]
     )
     monkeypatch.setattr(Segments, "of", classmethod(lambda cls, segment_ids: cls(None)))
     leaked = (second_document(firsts[0]) - second_document(firsts[1])).abs().max()

@@ -1,0 +1,184 @@
+"""How well a reward model ranks: accuracy, calibration, and whether it only measures length.
+
+Letters in shapes: N answers, P pairs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmgpt.evaluate.captioning import Score
+from mmgpt.evaluate.report import replacing
+
+if TYPE_CHECKING:
+    from mmgpt.data.branching import PreferenceBatch
+    from mmgpt.model.heads import RewardModel
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The scores of held-out answers, and which of two was preferred.
+
+    Args:
+        scores: [N].
+        lengths: [N], tokens of each answer.
+        prompts: [N], number of the answer's prompt.
+        better, worse: [P], places among the N answers.
+    """
+
+    scores: np.ndarray
+    lengths: np.ndarray
+    prompts: np.ndarray
+    better: np.ndarray
+    worse: np.ndarray
+
+    @property
+    def margins(self) -> np.ndarray:
+        """[P] scores of the preferred answers minus those of the others; exp(m) / (1 + exp(m)) is the model's own confidence."""
+        return self.scores[self.better] - self.scores[self.worse]
+
+    @property
+    def right(self) -> np.ndarray:
+        """[P] 1 where the model agrees, 0 where it does not, 1/2 where it cannot tell."""
+        return np.where(self.margins == 0, 0.5, (self.margins > 0).astype(float))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of pairs that the model ranks as people did."""
+        return float(self.right.mean())
+
+    @property
+    def length_accuracy(self) -> float:
+        """What the rule "the longer answer is better", or its opposite where that is the better rule, would reach."""
+        gaps = np.sign(self.lengths[self.better].astype(float) - self.lengths[self.worse])
+        return float(0.5 + abs(gaps.mean()) / 2)
+
+    def interval(self, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+        """Bootstrap interval of the accuracy; prompts are drawn, not pairs, which are not independent (Efron 1979)."""
+        owners = self.prompts[self.better]
+        names, numbers = np.unique(owners, return_inverse=True)
+        right = np.bincount(numbers, self.right, len(names))
+        counts = np.bincount(numbers, minlength=len(names))
+        drawn = np.random.default_rng(seed).integers(0, len(names), (RESAMPLES, len(names)))
+        means = right[drawn].sum(1) / counts[drawn].sum(1)
+        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+    def calibration(self, bins: int = 5) -> list[tuple[float, float, int]]:
+        """Confidence against accuracy: (mean confidence, share right, pairs) of equal steps of confidence from 1/2 to 1.
+
+        A model that is 80 % sure should be right in 80 % (Bai et al. 2022, figure 9).
+        """
+        confidence = 1 / (1 + np.exp(-np.abs(self.margins)))
+        places = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+        found = [places == number for number in range(bins)]
+        return [(float(confidence[at].mean()), float(self.right[at].mean()), int(at.sum())) for at in found if at.any()]
+
+    @property
+    def calibration_error(self) -> float:
+        """Mean distance between confidence and accuracy, each step weighed by its pairs (Guo et al. 2017, equation 3)."""
+        steps = self.calibration()
+        return sum(abs(sure - right) * count for sure, right, count in steps) / max(1, sum(count for _, _, count in steps))
+
+    @property
+    def length_correlation(self) -> float:
+        """Pearson correlation of score and length among the answers to the same prompt; 0 where either does not vary."""
+        centred = [values - _means(values, self.prompts) for values in (self.scores.astype(float), self.lengths.astype(float))]
+        spread = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
+        return float((centred[0] * centred[1]).sum() / spread) if spread > 0 else 0.0
+
+    def __str__(self) -> str:
+        low, high = self.interval()
+        return (
+            f"{self.accuracy:.1%} of {len(self.better)} held-out pairs ranked as people did (95 % interval {low:.1%} to "
+            f"{high:.1%}; by length alone {self.length_accuracy:.1%}); off its own confidence by {self.calibration_error:.1%}; "
+            f"correlation with length {self.length_correlation:+.2f}"
+        )
+
+
+def _means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """[N] mean of each element's group."""
+    _, numbers = np.unique(groups, return_inverse=True)
+    return (np.bincount(numbers, values) / np.bincount(numbers))[numbers]
+
+
+def rank_batches(model: RewardModel, batches: Iterable[PreferenceBatch], finish: Any) -> Ranking:
+    """Score the answers of batches.
+
+    Args:
+        model: The reward model.
+        batches: Of a `PreferenceLoader`.
+        finish: Turns a batch's prepared images into what the model takes (`ImageSource.finish`); None for text alone.
+    """
+    import torch
+
+    parts: list[list[np.ndarray]] = []
+    answers = prompts = 0
+    model.eval()
+    for batch in batches:
+        if not len(batch.rows):
+            continue
+        batch.images = finish(batch.images) if finish is not None else None
+        with torch.inference_mode():
+            scores = model(batch.to(model.model.device)).float().cpu()
+        # Answers of one prompt stand together, as many as its pairs name.
+        owners = batch.owners + prompts
+        pairs = [(places + answers).numpy() for places in (batch.better, batch.worse)]
+        parts.append([scores.numpy(), batch.lengths.numpy(), owners.numpy(), *pairs])
+        answers, prompts = answers + len(scores), prompts + batch.samples
+    return Ranking(*(np.concatenate(part) for part in zip(*parts)))
+
+
+def write_ranking(folder: Path, found: dict[str, Ranking], seconds: float) -> None:
+    """Write report.md and calibration.png.
+
+    Args:
+        folder: The run's.
+        found: What was measured, by the name of its source.
+        seconds: Of training.
+    """
+    lines = [f"# {os.path.basename(folder)}", "", f"Training took {seconds:.0f} s.", ""]
+    columns = ("held-out", "pairs", "ranked as people did", "95 % interval", "by length alone", "off its confidence")
+    lines += [f"| {' | '.join(columns)} | correlation with length |", "|---|---|---|---|---|---|---|"]
+    for name, ranking in found.items():
+        low, high = ranking.interval()
+        lines += [
+            f"| {name} | {len(ranking.better)} | {ranking.accuracy:.1%} | {low:.1%} to {high:.1%} "
+            f"| {ranking.length_accuracy:.1%} | {ranking.calibration_error:.1%} | {ranking.length_correlation:+.2f} |"
+        ]
+    lines += ["", "![loss](loss.png) ![accuracy](accuracy.png) ![calibration](calibration.png)", ""]
+    with replacing(folder / "report.md") as fresh:
+        fresh.write_text("\n".join(lines), encoding="utf-8")
+    _plot_calibration(folder / "calibration.png", found)
+
+
+def _plot_calibration(path: Path, found: dict[str, Ranking]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    axes.plot([0.5, 1], [0.5, 1], "--", color="gray", linewidth=1, label="as sure as right")
+    for name, ranking in found.items():
+        steps = ranking.calibration()
+        sure, right = [step[0] for step in steps], [step[1] for step in steps]
+        bounds = [Score(round(share * count), count).interval() for _, share, count in steps]
+        below = [max(0.0, share - low) for share, (low, _) in zip(right, bounds)]
+        above = [max(0.0, high - share) for share, (_, high) in zip(right, bounds)]
+        axes.errorbar(sure, right, [below, above], fmt="o-", markersize=4, capsize=2, label=name)
+    axes.set(xlabel="confidence of the model", ylabel="share ranked as people did", xlim=(0.48, 1.02), ylim=(-0.02, 1.02))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=120)
+    pyplot.close(figure)
