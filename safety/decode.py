@@ -242,12 +242,12 @@ _REVERSED = re.compile(r"(?:[0-9a-fA-F]{2}%){4}")
 
 
 def _rot13(text: str, raw: str) -> list[Replacement]:
-    spans = _disguised(text, "rot13")
-    if not spans and not raw.isascii():
-        # Only ASCII letters were turned, and look-alikes stand between them.
+    if not raw.isascii():
+        # Only ASCII letters were turned, and look-alikes may stand between them.
         turned = clean(codecs.encode(raw, "rot13"))
         if _disguised(codecs.encode(turned, "rot13"), "rot13") == [(0, len(turned))]:
             return [(0, len(text), turned)]
+    spans = _disguised(text, "rot13")
     if not spans and _TURNED.search(text):
         spans = [(0, len(text))]
     return [(a, b, codecs.encode(text[a:b], "rot13")) for a, b in spans]

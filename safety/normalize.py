@@ -72,7 +72,7 @@ def views(text: str) -> list[View]:
     room = GROWTH * len(text) + GROWTH_BASE
     root = _Reading("canonical", text, None, ())
     found = [root.view()]
-    seen = {found[0].text} - {""}
+    seen, canonical = {text}, {root.canonical}
     level = [root]
     for depth in range(DEPTH + 1):
         following: list[_Reading] = []
@@ -81,16 +81,15 @@ def views(text: str) -> list[View]:
                 if depth == DEPTH:
                     raise BudgetError(f"disguises are nested more than {DEPTH} deep")
                 inner = _Reading(name if reading is root else f"{reading.name}+{name}", raw, reading, pieces)
-                canonical = inner.canonical
-                room -= len(canonical)
+                room -= max(len(raw), len(inner.canonical))
                 if room < 0:
                     raise BudgetError("the text grows too long when its disguises are taken off")
-                if canonical not in seen:
-                    seen.add(canonical)
-                    if canonical:
-                        found.append(inner.view())
-                    # Nothing to read may still be something invisible.
+                if raw not in seen:
+                    seen.add(raw)
                     following.append(inner)
+                if inner.canonical and inner.canonical not in canonical:
+                    canonical.add(inner.canonical)
+                    found.append(inner.view())
         level = following
     return found
 
