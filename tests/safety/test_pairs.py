@@ -79,13 +79,23 @@ def test_no_prompt_twice():
             seen[folded(text)] = path.name
 
 
+def edits(path: Path) -> list[int]:
+    return [word_edits(pair["sensitive"], pair["harmless"]) for pair in read(path)]
+
+
 @every_file
 def test_sides_differ_in_a_phrase(path, record_property):
-    edits = [word_edits(pair["sensitive"], pair["harmless"]) for pair in read(path)]
-    middle = statistics.median(edits)
+    found = edits(path)
+    middle = statistics.median(found)
     record_property("median_word_edits", middle)
-    print(f"{path.stem}: {len(edits)} pairs, word edits median {middle}, most {max(edits)}")
-    assert middle <= (12 if path.stem in ATTACKS else 8)
+    print(f"{path.stem}: {len(found)} pairs, word edits median {middle}, most {max(found)}")
+    assert middle <= (12 if path.stem in ATTACKS else 10)
+
+
+def test_sides_of_all_hazards_differ_in_a_phrase(record_property):
+    middle = statistics.median(count for path in FILES if path.stem not in ATTACKS for count in edits(path))
+    record_property("median_word_edits", middle)
+    assert middle <= 8
 
 
 @every_file
