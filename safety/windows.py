@@ -9,6 +9,7 @@ that needs its context. Every character is in at most five windows or so: the wo
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 SEGMENT = 160
@@ -56,25 +57,27 @@ def _cut(text: str, edges: list[int], end: int) -> None:
         edges.append(end)
 
 
-def windows(text: str) -> list[Window]:
+def windows(text: str) -> Iterator[Window]:
     """The windows of a text in the order of their starts, each once; none for an empty text.
 
-    Whatever its length, every character is covered, and a request of at most `SEGMENT` / 2 characters lies wholly inside
-    a window of at most 2 * `SEGMENT`.
+    Whatever its length, every character is covered, and what is no longer than `SEGMENT` / 2 lies wholly inside a window of
+    at most 2 * `SEGMENT`.
     """
     parts = segments(text)
-    found = {*parts, *(Window(a.start, b.end) for a, b in zip(parts, parts[1:]))}
-    first = 0
-    while first < len(parts):
-        last = first
-        while last + 1 < len(parts) and parts[last + 1].end - parts[first].start <= BLOCK:
+    block = last = 0  # the part that the next block begins with, and the last one of the block before
+    for at, part in enumerate(parts):
+        yield part
+        if at + 1 < len(parts):
+            yield Window(part.start, parts[at + 1].end)
+        if at != block or (last == len(parts) - 1 and at):
+            continue
+        last = max(last, at)
+        while last + 1 < len(parts) and parts[last + 1].end - part.start <= BLOCK:
             last += 1
-        found.add(Window(parts[first].start, parts[last].end))
-        if last + 1 == len(parts):
-            break
+        if last > at + 1:
+            yield Window(part.start, parts[last].end)
         # The next block begins in the middle of this one.
-        middle = (parts[first].start + parts[last].end) // 2
-        first += 1
-        while first < last and parts[first].end <= middle:
-            first += 1
-    return sorted(found)
+        middle = (part.start + parts[last].end) // 2
+        block = at + 1
+        while block < last and parts[block].end <= middle:
+            block += 1
