@@ -58,6 +58,8 @@ REASONS: dict[str, str] = {
     "weights_unreadable": "a file of the weights cannot be read or used",
     "canary_failed": "the prompts that are tried at the start are not told apart",
     "failed_load": "another exception while the filter was loaded",
+    "failed_gate": "an exception in the gate",
+    "failed_audit": "the audit log cannot be written",
 }
 """Every reason code. All but `clear` block."""
 
