@@ -206,7 +206,7 @@ def _marks(text: str, raw: str) -> list[Replacement]:
 # Digits for letters
 
 _LEET_TABLE = str.maketrans("01345789@$!|+", "oieastbgasilt")
-_LEET_SIGN = re.compile(r"[A-Za-z][0134578@$!|+]+[A-Za-z]|(?<![A-Za-z0-9])[0134578@$]+[A-Za-z]{3}")
+_LEET_SIGN = re.compile(r"[A-Za-z][0134578@$!|+]+[A-Za-z]|(?<![A-Za-z0-9@$])[0134578@$]+[A-Za-z]{3}")
 _LEET_TOKEN = re.compile(r"[A-Za-z0-9@$!|+']+")
 _LEET_WORDS = {
     "a", "i", "as", "at", "be", "go", "ie", "if", "is", "it", "its", "so", "to", "too", "see", "set", "sit", "tie", "toe", "eat",

@@ -7,6 +7,7 @@ own, counted over the project's contrast pairs (about 345,000 letters). Being jo
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class _Pairs:
 _pairs: list[_Pairs] = []
 
 
+@lru_cache(maxsize=1)  # two decoders ask for the same of every text
 def disguised(text: str, how: str) -> list[tuple[int, int]]:
     """The stretches of a text that are better English under `how` (`rot13`, `reversed`) than as they stand.
 

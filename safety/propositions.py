@@ -248,8 +248,8 @@ _EVASION = _phrases(
 
 
 def evasive(prompt: str, answer: str) -> float:
-    """Dodges: it depends, let's talk about something else, why do you ask?"""
-    return _found(_EVASION, _read(answer).spoken)
+    """Dodges, briefly: it depends, let's talk about something else, why do you ask? A long answer may well weigh things up."""
+    return _found(_EVASION, _read(answer).spoken) * brief(prompt, answer)
 
 
 _TURN = re.compile(

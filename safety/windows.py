@@ -30,7 +30,7 @@ class Window(NamedTuple):
 
 
 # A sentence's end, or a line's. Sentences of other scripts end with their own marks.
-_END = re.compile(r"[.!?;:]+[\"')\]]*\s|[\u3002\uff01\uff1f\u0964\u061f]|\n")
+_END = re.compile(r"(?<![.!?;:])[.!?;:]++[\"')\]]*+\s|[\u3002\uff01\uff1f\u0964\u061f]|\n")
 
 
 def segments(text: str) -> list[Window]:
