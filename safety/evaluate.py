@@ -60,7 +60,7 @@ def auprc(label: np.ndarray, score: np.ndarray) -> float:
     label = np.asarray(label) == 1
     if not label.any():
         return float("nan")
-    threshold, hits, alarms = _counts(label, score)
+    _, hits, alarms = _counts(label, score)
     precision = hits / np.maximum(hits + alarms, 1)
     return float((precision * np.diff(np.concatenate([[0], hits]))).sum() / label.sum())
 
@@ -98,9 +98,7 @@ def reliability(label: np.ndarray, score: np.ndarray, bins: int = BINS) -> list[
     """(mean score, share of sensitive prompts, prompts) of every bin that is not empty."""
     label, score = np.asarray(label) == 1, np.asarray(score, np.float64)
     index = np.minimum((score * bins).astype(int), bins - 1)
-    return [
-        (float(score[index == b].mean()), float(label[index == b].mean()), int((index == b).sum())) for b in np.unique(index)
-    ]
+    return [(float(score[index == b].mean()), float(label[index == b].mean()), int((index == b).sum())) for b in np.unique(index)]
 
 
 def at_threshold(label: np.ndarray, score: np.ndarray, threshold: float) -> dict[str, float]:
@@ -130,7 +128,9 @@ def figures(label: np.ndarray, score: np.ndarray, thresholds: dict[str, float]) 
     return out
 
 
-def bootstrap(label: np.ndarray, score: np.ndarray, thresholds: dict[str, float], *, samples: int, seed: int = 0) -> dict[str, Any]:
+def bootstrap(
+    label: np.ndarray, score: np.ndarray, thresholds: dict[str, float], *, samples: int, seed: int = 0
+) -> dict[str, Any]:
     """95 % intervals of `figures` over resampled prompts (Efron 1979), each label resampled by itself."""
     rng = np.random.default_rng(seed)
     groups = [np.flatnonzero(label == value) for value in (0, 1)]
@@ -339,7 +339,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _obfuscate(
-    sets: list[tuple[str, list[Row]]], plain: list[Result], score: Scorer, thresholds: dict[str, float], options: argparse.Namespace
+    sets: list[tuple[str, list[Row]]],
+    plain: list[Result],
+    score: Scorer,
+    thresholds: dict[str, float],
+    options: argparse.Namespace,
 ) -> tuple[str, list[dict[str, Any]]]:
     """The lost recall of every chain, over all sensitive prompts of the sets, at every operating point."""
     rows = [row for _, part in sets for row in part if row.label]

@@ -158,9 +158,9 @@ INTENTS = {
 # prompt-armor's collections that were labelled by the collection and not by the prompt: much of them is harmless.
 UNSURE = ("jackhhao/jailbreak", "jailbreak-classification", "protectai/validation", "deepset-test", "deepset/prompt-injections")
 CUES = re.compile(
-    r"\b(ignor\w+|disregard\w*|forget|bypass\w*|overrid\w+|unfiltered|uncensored|unrestricted|no (restrictions?|limits?|filters?|rules)"
-    r"|without (any )?(restrictions?|limits?|filters?|ethic\w+|moral\w*)|do anything now|DAN|jailbr\w+|amoral|illegal|unethical"
-    r"|never refuse|cannot refuse|refuse|guidelines|polic(y|ies)|previous instructions|instructions|system prompt|secret|password"
+    r"\b(ignor\w+|disregard\w*|forget|bypass\w*|overrid\w+|unfiltered|uncensored|unrestricted|no (restrictions?|limits?|rules)"
+    r"|no filters?|without (any )?(restrictions?|limits?|filters?|ethic\w+|moral\w*)|do anything now|DAN|jailbr\w+|amoral"
+    r"|illegal|unethical|never refuse|cannot refuse|refuse|guidelines|polic(y|ies)|instructions|system prompt|secret|password"
     r"|initial prompt|confidential|openai)\b",
     re.IGNORECASE,
 )
@@ -178,7 +178,11 @@ def named(name: str) -> list[Row]:
 
 
 def _plain(table: list[dict[str, Any]]) -> list[Row]:
-    return [Row(row["text"], row["label"], None if row["label"] else (), row["source"]) for row in table]
+    """As published; the group is the first of the collection's own categories."""
+    return [
+        Row(row["text"], row["label"], None if row["label"] else (), row["source"], row["tags"][0] if row["tags"] else "")
+        for row in table
+    ]
 
 
 def _attacks(table: list[dict[str, Any]]) -> list[Row]:

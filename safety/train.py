@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmgpt.errors import UsageError, UserError, run_cli
-from safety import calibrate, sources, weights
+from safety import calibrate, card, sources, weights
 from safety.classifier import Linear, Transformer, features
 from safety.evaluate import auroc, ece
 from safety.sources import Row
@@ -143,10 +143,7 @@ def build(config: Config) -> Split:
     """Rows of the configuration, without duplicates and without what stands in the tests."""
     rows: list[Row] = []
     data = config.data
-    rows += [
-        dataclasses.replace(row, weight=data.pair_weight)
-        for row in sources.pairs(Path(data.pairs) if data.pairs else None)
-    ]
+    rows += [dataclasses.replace(row, weight=data.pair_weight) for row in sources.pairs(Path(data.pairs) if data.pairs else None)]
     rows += sources.requests(Path(data.requests) if data.requests else None, per_act=data.per_act, seed=config.seed)
     for path in data.own:
         rows += sources.read_jsonl(Path(path))
@@ -213,7 +210,13 @@ def targets(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def loss(
-    logits: torch.Tensor, label: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, *, categories: float, smoothing: float = 0.0
+    logits: torch.Tensor,
+    label: torch.Tensor,
+    mask: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    categories: float,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Weighted mean of the cross-entropies: column 0, and `categories` times the mean over the known categories.
 
@@ -426,7 +429,9 @@ def train_encoder(rows: list[Row], config: EncoderConfig, seed: int, run_dir: Pa
         def train_dataloader(self) -> Any:
             round_, part = divmod(self.current_epoch, SLICES)
             return torch.utils.data.DataLoader(
-                range(len(encoded)), batch_sampler=plans[round_][part::SLICES], collate_fn=collate  # type: ignore[arg-type]
+                range(len(encoded)),
+                batch_sampler=plans[round_][part::SLICES],
+                collate_fn=collate,  # type: ignore[arg-type]
             )
 
         def training_step(self, batch: tuple[torch.Tensor, ...], _: int) -> torch.Tensor:
@@ -452,7 +457,7 @@ def train_encoder(rows: list[Row], config: EncoderConfig, seed: int, run_dir: Pa
     model = Tuned()
     run_dir.mkdir(parents=True, exist_ok=True)
     last = run_dir / "last.ckpt"
-    keep = ModelCheckpoint(run_dir, save_last=True, save_top_k=0)
+    keep = ModelCheckpoint(run_dir, filename="last", enable_version_counter=False)
     trainer = _trainer(config.epochs * SLICES, precision="bf16-mixed", gradient_clip_val=1.0, callbacks=[keep])
     trainer.fit(model, ckpt_path=str(last) if last.exists() else None, weights_only=False)
     last.unlink(missing_ok=True)  # of a run that is done nothing is left to go on from
@@ -614,6 +619,8 @@ def execute(config: Config) -> Path:
     say(f"thresholds {json.dumps(calibration['thresholds'])}; {size / 1e6:.1f} MB")
     if size > LIMIT:
         raise UserError(f"the weights take {size:,} bytes, {LIMIT:,} are allowed: lower encoder.vocabulary or linear.bits")
+    if config.data.tests:
+        (target / card.NAME).write_text(card.render(target, config.data.tests), encoding="utf-8")
     say("done")
     return target
 
