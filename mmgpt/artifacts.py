@@ -240,6 +240,7 @@ def _sdist_download(requirement: str, staging: Path) -> Path:
 
     pip itself would run the package's build code to read its metadata; here the archive is only fetched and unpacked.
     """
+    import urllib.error
     import urllib.parse
     import urllib.request
 
@@ -367,6 +368,7 @@ def _hub_repository(name: str, kind: Kind | None) -> Path:
 
 @functools.cache
 def _probe(endpoint: str) -> str | None:
+    import urllib.error
     import urllib.request
 
     result: list[str | None] = [f"{endpoint} did not answer within 3 s"]
