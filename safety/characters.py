@@ -134,7 +134,7 @@ def exact_look_alikes() -> dict[str, str]:
     for char, letter in _EXACT_LATIN.items():
         # Of those that change their looks with their case none: they may be put into the other.
         other = char.swapcase()
-        if _plain(char) == char and (other == char or _EXACT_LATIN.get(other) == letter.swapcase()):
+        if char < "\uab70" and _plain(char) == char and (other == char or _EXACT_LATIN.get(other) == letter.swapcase()):
             found[letter] = found.get(letter, "") + char
     return found
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from urllib.parse import unquote_to_bytes
 
 from safety.characters import clean
-from safety.english import disguised
+from safety.english import disguised, likelihood
 
 Replacement = tuple[int, int, str]
 Decoder = Callable[[str, str], list[Replacement]]
@@ -206,7 +206,9 @@ def _marks(text: str, raw: str) -> list[Replacement]:
 # Digits for letters
 
 _LEET_TABLE = str.maketrans("01345789@$!|+", "oieastbgasilt")
-_LEET_SIGN = re.compile(r"[A-Za-z][0134578@$!|+]+[A-Za-z]|(?<![A-Za-z0-9@$])[0134578@$]+[A-Za-z]{3}")
+_LEET_SIGN = re.compile(
+    r"[A-Za-z][0134578@$!|+]+[A-Za-z]|(?<![A-Za-z0-9@$])[0134578@$]+[A-Za-z]{3}|(?<![A-Za-z0-9@$])[0134578@$][A-Za-z]{2}[0134578@$]"
+)
 _LEET_TOKEN = re.compile(r"[A-Za-z0-9@$!|+']+")
 _LEET_WORDS = {
     "a", "i", "as", "at", "be", "go", "ie", "if", "is", "it", "its", "so", "to", "too", "see", "set", "sit", "tie", "toe", "eat",
@@ -228,7 +230,7 @@ def _leet(text: str, raw: str) -> list[Replacement]:
             end -= 1
         token = token[:end]
         plain = token.translate(_LEET_TABLE)
-        if plain != token and (any(map(str.isalpha, token)) or plain in _LEET_WORDS):
+        if plain != token and (any(map(str.isalpha, token)) or plain in _LEET_WORDS or plain[::-1] in _LEET_WORDS):
             found.append((match.start(), match.start() + end, plain))
     return found
 
@@ -238,14 +240,15 @@ def _leet(text: str, raw: str) -> list[Replacement]:
 
 # What has no English letters to tell it by: percent signs and hexadecimal digits turned by 13, percent signs reversed.
 _TURNED = re.compile(r"(?:%[0-9n-sN-S]{2}){4}|(?<![0-9A-Za-z])(?=[0-9]*[n-sN-S])[0-9n-sN-S]{12,}(?![0-9A-Za-z])")
-_REVERSED = re.compile(r"(?:[0-9a-fA-F]{2}%){4}")
+_REVERSED = re.compile(r"(?<![%0-9A-Za-z])(?:[0-9a-fA-F]{2}%){4}")
 
 
 def _rot13(text: str, raw: str) -> list[Replacement]:
     if not raw.isascii():
         # Only ASCII letters were turned, and look-alikes may stand between them.
         turned = clean(codecs.encode(raw, "rot13"))
-        if _disguised(codecs.encode(turned, "rot13"), "rot13") == [(0, len(turned))]:
+        english = likelihood(turned) > max(likelihood(text), likelihood(codecs.encode(text, "rot13")))
+        if english and _disguised(codecs.encode(turned, "rot13"), "rot13") == [(0, len(turned))]:
             return [(0, len(text), turned)]
     spans = _disguised(text, "rot13")
     if not spans and _TURNED.search(text):

@@ -39,6 +39,7 @@ class _Pairs:
         codes = np.frombuffer(_TABLE.encode("ascii"), np.uint8).astype(np.float32)
         table = ((codes - (codes > 92) - 35) / 7 - 13).reshape(27, 27)
         rotated = np.array([0, *range(14, 27), *range(1, 14)])
+        self.table = table.ravel()
         self.gains = {"rot13": (table[np.ix_(rotated, rotated)] - table).ravel(), "reversed": (table.T - table).ravel()}
         self.letters = np.zeros(128, np.int32)
         for letter in range(26):
@@ -60,9 +61,7 @@ def disguised(text: str, how: str) -> list[tuple[int, int]]:
     """
     import numpy as np
 
-    if not _pairs:
-        _pairs.append(_Pairs())
-    gain = _gain(text, how)
+    gain = _known().gains[how][_codes(text)]
     total = np.zeros(len(gain) + 1, np.float64)
     np.cumsum(gain, out=total[1:])
     # The largest gain of any stretch of text: the least that it must pay for is a change at either end.
@@ -75,13 +74,25 @@ def disguised(text: str, how: str) -> list[tuple[int, int]]:
     return _best_path(words, gains)
 
 
-def _gain(text: str, how: str) -> np.ndarray:
-    """Nats gained at each of the len(text) + 1 places between two letters, float32."""
+def likelihood(text: str) -> float:
+    """The logarithm of a text's probability, pair of letters by pair: comparable between texts of one length."""
+    return float(_known().table[_codes(text)].sum())
+
+
+def _known() -> _Pairs:
+    if not _pairs:
+        _pairs.append(_Pairs())
+    return _pairs[0]
+
+
+def _codes(text: str) -> np.ndarray:
+    """The pairs at the len(text) + 1 places between two letters, as indices of the table."""
     import numpy as np
 
     codes = np.zeros(len(text) + 2, np.int32)
-    codes[1:-1] = _pairs[0].letters[np.frombuffer(text.encode("ascii", "replace"), np.uint8)]
-    return _pairs[0].gains[how][codes[:-1] * 27 + codes[1:]]
+    codes[1:-1] = _known().letters[np.frombuffer(text.encode("ascii", "replace"), np.uint8)]
+    pairs: np.ndarray = codes[:-1] * 27 + codes[1:]
+    return pairs
 
 
 def _best_path(words: list[tuple[int, int]], gains: list[float]) -> list[tuple[int, int]]:

@@ -129,8 +129,14 @@ class _Reading:
 
     def decoded(self, only: dict[str, Callable[[str, str], list[Replacement]]]) -> Iterator[tuple[str, str, tuple[_Piece, ...]]]:
         """What each decoder makes of the text: the decoder's name, the text, where its characters come from."""
+        encoded: list[Replacement] = []
         for name, decoder in only.items():
             replacements = decoder(self.clean, self.raw)
+            if name in ENCODINGS and name != "tags":
+                encoded += replacements
+            elif encoded and name in ("leet", "marks"):
+                # base64 has digits, too: read as letters they give one wrong text after the other.
+                replacements = _outside(replacements, encoded)
             if replacements:
                 source = self.raw if name == "tags" else self.clean
                 yield name, *_rewrite(source, replacements)
@@ -182,6 +188,13 @@ def _rewrite(text: str, replacements: list[Replacement]) -> tuple[str, tuple[_Pi
     tail = len(text) if whole else min(len(text), at + CONTEXT)
     add(text[at:tail], at, tail, True)
     return "".join(parts), tuple(pieces)
+
+
+def _outside(replacements: list[Replacement], taken: list[Replacement]) -> list[Replacement]:
+    """Those that do not overlap with any that is taken."""
+    spans = sorted((start, end) for start, end, _ in taken)
+    starts, ends = [start for start, _ in spans], list(accumulate((end for _, end in spans), max))
+    return [item for item in replacements if not (at := bisect_right(starts, item[1] - 1)) or ends[at - 1] <= item[0]]
 
 
 def _back(became: list[int], start: int, end: int) -> tuple[int, int]:

@@ -133,7 +133,7 @@ def test_what_a_disguise_may_look_like(name: str, text: str) -> None:
 
 def test_words_and_hashes_are_no_encodings() -> None:
     for text in ["internationalization", "d41d8cd98f00b204e9800998ecf8427e", "the years 10 20 30 40 50 60 70", "100% of 5% is 5", "AT&T & Co"]:
-        assert [view.name for view in views(text)] == ["canonical"], text
+        assert not {"base64", "hex", "url", "morse"} & set(named(text)), text
 
 
 def test_a_view_knows_where_it_came_from() -> None:
@@ -173,7 +173,8 @@ def test_origins_lie_in_the_text_and_in_order(text: str) -> None:
                 assert start >= last
                 last = start
                 # The character's origin makes the character, or the run of spaces that it stands for.
-                assert view.text[at] in normalize("." + text[start:end] + ".") or not view.text[at].strip()
+                made = normalize("." + text[start:end] + ".") + normalize("a" + text[start:end])
+                assert view.text[at] in made or not view.text[at].strip()
 
 
 @given(any_text | tricky)

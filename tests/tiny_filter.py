@@ -41,7 +41,7 @@ def build(folder: Path) -> Path:
         "version": 1,
         "categories": list(KEYS),
         "linear": {**plain, "clear_below": CLEAR},
-        "transformer": {**plain, "length": 32, "overlap": 8},
+        "transformer": {**plain, "length": 512, "overlap": 8},
         "thresholds": {name: {"threshold": value, "fpr": 0.01, "recall": 0.9} for name, value in points.items()},
     }
     (folder / "calibration.json").write_text(json.dumps(calibration))
