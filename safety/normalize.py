@@ -2,13 +2,13 @@
 
     text -> clean -> canonical form                         one view that every text has
               |----> decode -> clean -> canonical form      one more for each disguise that is found
-                       |----> decode ...                    and for disguises inside disguises, up to `DEPTH`
+                       |----> decode ...                    and for disguises inside disguises, to a depth
 
 `normalize` gives the canonical form alone; it is what the classifier is trained on and what it reads. A view rewrites the
 disguised stretches in place and leaves the rest, so that a request of which only a word is disguised is read whole; of a
 long text it keeps the surroundings of the stretches. Each knows which characters of the original its own stand for.
 
-The work is bounded: every decoder is linear, and where disguises are nested deeper than `DEPTH`, or the views together are
+The work is bounded: every decoder is linear, and where encodings are nested deeper than `DEPTH`, or the views together are
 longer than `GROWTH` times the text, `BudgetError` is raised. The filter blocks then: a reader who gives up must not pass.
 """
 
@@ -24,7 +24,7 @@ from safety.characters import clean, lengths, small, small_lengths
 from safety.decode import DECODERS, ENCODINGS, Replacement
 
 DEPTH = 3
-"""Disguises inside each other that are taken off."""
+"""Encodings inside each other that are taken off, and how deep other disguises are looked for."""
 
 GROWTH, GROWTH_BASE = 8, 1 << 16
 """All views together hold at most GROWTH * len(text) + GROWTH_BASE characters."""
@@ -74,12 +74,12 @@ def views(text: str) -> list[View]:
     found = [root.view()]
     seen, canonical = {text}, {root.canonical}
     level = [root]
-    for depth in range(DEPTH + 1):
+    while level:
         following: list[_Reading] = []
         for reading in level:
-            for name, raw, pieces in reading.decoded(only=ENCODINGS if depth == DEPTH else DECODERS):
-                if depth == DEPTH:
-                    raise BudgetError(f"disguises are nested more than {DEPTH} deep")
+            for name, raw, pieces in reading.decoded():
+                if name in ENCODINGS and reading.encodings == DEPTH:
+                    raise BudgetError(f"encodings are nested more than {DEPTH} deep")
                 inner = _Reading(name if reading is root else f"{reading.name}+{name}", raw, reading, pieces)
                 room -= max(len(raw), len(inner.canonical))
                 if room < 0:
@@ -121,21 +121,25 @@ class _Reading:
 
     def __init__(self, name: str, raw: str, parent: _Reading | None, pieces: tuple[_Piece, ...]) -> None:
         self.name, self.raw, self.parent, self.pieces = name, raw, parent, pieces
+        self.depth = 0 if parent is None else parent.depth + 1
+        self.encodings = 0 if parent is None else parent.encodings + (name.rsplit("+")[-1] in ENCODINGS)
         self.clean = clean(raw)
         self.canonical = _layout(small(self.clean))
 
     def view(self) -> View:
         return View(self.name, self.canonical, self.origin)
 
-    def decoded(self, only: dict[str, Callable[[str, str], list[Replacement]]]) -> Iterator[tuple[str, str, tuple[_Piece, ...]]]:
+    def decoded(self) -> Iterator[tuple[str, str, tuple[_Piece, ...]]]:
         """What each decoder makes of the text: the decoder's name, the text, where its characters come from."""
+        # What English disguises itself as is looked for to a depth; what no one writes by chance, as long as there is any.
+        only = DECODERS if self.depth < DEPTH else ENCODINGS
         encoded: list[Replacement] = []
         for name, decoder in only.items():
             replacements = decoder(self.clean, self.raw)
             if name in ENCODINGS and name != "tags":
                 encoded += replacements
-            elif encoded and name in ("leet", "marks"):
-                # base64 has digits, too: read as letters they give one wrong text after the other.
+            elif encoded:
+                # base64 is no English either way: read as leet or turned it gives one wrong text after the other.
                 replacements = _outside(replacements, encoded)
             if replacements:
                 source = self.raw if name == "tags" else self.clean
@@ -191,10 +195,21 @@ def _rewrite(text: str, replacements: list[Replacement]) -> tuple[str, tuple[_Pi
 
 
 def _outside(replacements: list[Replacement], taken: list[Replacement]) -> list[Replacement]:
-    """Those that do not overlap with any that is taken."""
-    spans = sorted((start, end) for start, end, _ in taken)
-    starts, ends = [start for start, _ in spans], list(accumulate((end for _, end in spans), max))
-    return [item for item in replacements if not (at := bisect_right(starts, item[1] - 1)) or ends[at - 1] <= item[0]]
+    """Those of which less than half is taken."""
+    # How many characters before an edge are taken; spans may overlap, and count once.
+    edges, before = [0], [0]
+    for start, end, _ in sorted(taken):
+        start = max(start, edges[-1])
+        if end > start:
+            edges += [start, end]
+            before += [before[-1], before[-1] + end - start]
+
+    def count(position: int) -> int:
+        at = bisect_right(edges, position) - 1
+        # Behind an even edge (the end of a span) nothing is taken, behind an odd one everything.
+        return before[at] + (position - edges[at] if at % 2 else 0)
+
+    return [item for item in replacements if 2 * (count(item[1]) - count(item[0])) < item[1] - item[0]]
 
 
 def _back(became: list[int], start: int, end: int) -> tuple[int, int]:
