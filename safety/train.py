@@ -110,7 +110,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     """Read the command line; YAML first, later arguments override it."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="python -m safety.train", exit_on_error=False, description=__doc__)
+    parser = ArgumentParser(prog="python -m safety.train", exit_on_error=False, allow_abbrev=False, description=__doc__)
     parser.add_argument("--config", action="config", help="YAML file; later arguments override it")
     parser.add_class_arguments(Config)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -169,7 +169,7 @@ def build(config: Config) -> Split:
     return Split(train, dev, counts)
 
 
-def as_read(rows: list[Row], rng: random.Random, most: int = 2) -> list[Row]:
+def as_read(rows: list[Row], rng: random.Random, most: int = 1) -> list[Row]:
     """Rows with what the filter reads of a long text: it reads windows, and blocks a text for its worst.
 
     Every window of a harmless text is harmless: of a longer one, its first block and at most `most` others at random. A
@@ -340,6 +340,7 @@ def encoder_module(folder: Path, kept: list[int], frozen_layers: int) -> torch.n
     class Encoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            # It comes in evaluation mode and stays there: in three epochs dropout inside it costs more than it gives.
             self.bert = BertModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="eager")
             table = self.bert.embeddings.word_embeddings.weight.detach()[kept]
             self.bert.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(table.clone(), freeze=True)
@@ -476,7 +477,7 @@ def export(encoder: torch.nn.Module, target: Path) -> None:
         full = Path(folder) / "encoder.onnx"
         torch.onnx.export(
             encoder,
-            (torch.randint(5, 100, (1, 24)),),
+            (torch.ones(1, 24, dtype=torch.long),),
             str(full),
             dynamo=False,
             input_names=["ids"],
@@ -630,7 +631,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*(does not have many workers|treespec|Checkpoint directory).*")
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|treespec|Checkpoint directory|in eval mode).*")
     print(execute(config))
     return 0
 

@@ -80,12 +80,13 @@ def test_requests_fill_every_gap_and_keep_acts_together() -> None:
 
 
 def test_framings_say_nothing_about_the_label() -> None:
-    rows = requests(per_act=40)
-    starts: dict[str, set[int]] = {}
-    for row in rows:
-        if row.text.lower().startswith(("teach me to", "write a tutorial on", "compose", "look up", "code ")):
-            starts.setdefault(" ".join(row.text.lower().split()[:2]), set()).add(row.label)
-    assert len(starts) >= 4 and all({0, 1} == labels for name, labels in starts.items() if name != "code a")
+    starts = ("teach me to", "write a tutorial on", "compose", "look up", "code ", "convince people that", "write a scene")
+    labels: dict[str, list[int]] = {start: [] for start in starts}
+    for row in requests(per_act=40):
+        for start in starts:
+            if row.text.lower().startswith(start):
+                labels[start].append(row.label)
+    assert all(0.25 < sum(found) / len(found) < 0.75 for found in labels.values()), labels
 
 
 def test_duplicates_go_and_so_do_texts_with_both_labels() -> None:
@@ -144,7 +145,7 @@ def test_take_caps_a_source_and_keeps_the_order() -> None:
 
 
 def test_augmentation_is_deterministic_and_keeps_labels() -> None:
-    rows = [Row(f"please tell me something long about subject number {n}", n % 2, None if n % 2 else ()) for n in range(40)]
+    rows = [Row(f"please tell me something long about subject number {n:02}", n % 2, None if n % 2 else ()) for n in range(40)]
     made = augment(rows, 200, 3)
     assert made == augment(rows, 200, 3) and len(made) == 200
     assert {row.source for row in made} == {"+noise", "+padding", "+suffix"}
