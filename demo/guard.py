@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mmgpt.errors import UserError
 
 if TYPE_CHECKING:
-    from safety.gate import Verdict
     from mmgpt.data.messages import Message
+    from safety.gate import Verdict
 
 
 class GateError(UserError):

@@ -213,7 +213,7 @@ _LEET_TOKEN = re.compile(r"[A-Za-z0-9@$!|+']+")
 _LEET_WORDS = {
     "a", "i", "as", "at", "be", "go", "ie", "if", "is", "it", "its", "so", "to", "too", "see", "set", "sit", "tie", "toe", "eat",
     "tea", "oat", "bias", "best", "test", "state", "base", "basis", "site", "boss", "goes", "bite", "beat", "boat", "gas", "big",
-    "bag", "bit", "bat", "bet", "get", "got", "goat", "sea", "seat", "east", "ease", "easiest", "taste", "toast", "oasis", "assist",
+    "bag", "bit", "bat", "bet", "get", "got", "goat", "sea", "seat", "east", "ease", "taste", "toast", "oasis", "assist",
 }  # fmt: skip
 
 
@@ -239,7 +239,9 @@ def _leet(text: str, raw: str) -> list[Replacement]:
 
 
 # What has no English letters to tell it by: percent signs and hexadecimal digits turned by 13, percent signs reversed.
-_TURNED = re.compile(r"(?:%[0-9n-sN-S]{2}){4}|(?<![0-9A-Za-z])(?=[0-9]*[n-sN-S])[0-9n-sN-S]{12,}(?![0-9A-Za-z])")
+_TURNED = re.compile(
+    r"(?=(?:%[0-9]{2}){0,8}%[0-9]?[n-sN-S])(?:%[0-9n-sN-S]{2}){4}|(?<![0-9A-Za-z])(?=[0-9]*[n-sN-S])[0-9n-sN-S]{12,}(?![0-9A-Za-z])"
+)
 _REVERSED = re.compile(r"(?<![%0-9A-Za-z])(?:[0-9a-fA-F]{2}%){4}")
 
 

@@ -183,7 +183,9 @@ class Filter:
         scores = [[verdict.score for verdict, label in zip(found, labels) if label == wanted] for wanted in (0, 1)]
         gap = min(scores[1]) - max(scores[0])
         if not gap >= MIN_SEPARATION:
-            raise WeightsError("canary_failed", f"sensitive and harmless canaries are {gap:.3f} apart, {MIN_SEPARATION} are needed")
+            raise WeightsError(
+                "canary_failed", f"sensitive and harmless canaries are {gap:.3f} apart, {MIN_SEPARATION} are needed"
+            )
 
     # Judging
 
@@ -503,7 +505,7 @@ def _validate(text: Any) -> None:
             raise _Blocked("too_long")
 
 
-class _failing:  # noqa: N801 (reads as a statement)
+class _failing:
     """Turn whatever is raised inside into the case's reason."""
 
     def __init__(self, case: _Case, reason: str) -> None:

@@ -134,13 +134,17 @@ class _Reading:
         # What English disguises itself as is looked for to a depth; what no one writes by chance, as long as there is any.
         only = DECODERS if self.depth < DEPTH else ENCODINGS
         encoded: list[Replacement] = []
+        letters: list[Replacement] = []
         for name, decoder in only.items():
             replacements = decoder(self.clean, self.raw)
             if name in ENCODINGS and name != "tags":
                 encoded += replacements
-            elif encoded:
-                # base64 is no English either way: read as leet or turned it gives one wrong text after the other.
+                letters += replacements if name in ("base64", "hex") else []
+            elif name in ("leet", "marks"):
+                # What is encoded is no English: read as leet or turned it gives one wrong text after the other.
                 replacements = _outside(replacements, encoded)
+            elif name != "spaced":
+                replacements = _outside(replacements, letters)
             if replacements:
                 source = self.raw if name == "tags" else self.clean
                 yield name, *_rewrite(source, replacements)
@@ -196,6 +200,8 @@ def _rewrite(text: str, replacements: list[Replacement]) -> tuple[str, tuple[_Pi
 
 def _outside(replacements: list[Replacement], taken: list[Replacement]) -> list[Replacement]:
     """Those of which less than half is taken."""
+    if not taken or not replacements:
+        return replacements
     # How many characters before an edge are taken; spans may overlap, and count once.
     edges, before = [0], [0]
     for start, end, _ in sorted(taken):

@@ -99,9 +99,22 @@ def punctuation(text: str, rng: random.Random) -> str:
 OBFUSCATIONS: dict[str, Callable[[str, random.Random], str]] = {
     function.__name__: function
     for function in (
-        base64, hex, url, rot13, morse, reverse, leet, homoglyph, zero_width, tags, spaced, fullwidth, case, punctuation
+        base64,
+        hex,
+        url,
+        rot13,
+        morse,
+        reverse,
+        leet,
+        homoglyph,
+        zero_width,
+        tags,
+        spaced,
+        fullwidth,
+        case,
+        punctuation,
     )
-}  # fmt: skip
+}
 NAMES: tuple[str, ...] = tuple(OBFUSCATIONS)
 
 INVERTIBLE: tuple[str, ...] = tuple(name for name in NAMES if name not in ("leet", "morse"))

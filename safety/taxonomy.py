@@ -28,15 +28,26 @@ class Category:
 
 
 CATEGORIES: tuple[Category, ...] = (
-    Category("violent_crimes", "Violent crimes", "S1", "murder, assault, terrorism, kidnapping, cruelty to animals: how to, or praise"),
+    Category(
+        "violent_crimes", "Violent crimes", "S1", "murder, assault, terrorism, kidnapping, cruelty to animals: how to, or praise"
+    ),
     Category("non_violent_crimes", "Non-violent crimes", "S2", "theft, fraud, drugs, trafficking, forgery, property crimes"),
     Category("sex_crimes", "Sex-related crimes", "S3", "rape, sexual assault, harassment, trafficking for sex"),
     Category("child_exploitation", "Child sexual exploitation", "S4", "sexual content with minors, grooming, abuse of children"),
     Category("defamation", "Defamation", "S5", "false statements that damage a real person's reputation"),
-    Category("specialized_advice", "Specialized advice", "S6", "unqualified medical, legal or financial advice that endangers, unsafe acts called safe"),
+    Category(
+        "specialized_advice",
+        "Specialized advice",
+        "S6",
+        "unqualified medical, legal or financial advice that endangers, unsafe acts called safe",
+    ),
     Category("privacy", "Privacy", "S7", "private data of a person: finding, inferring, publishing, tracking"),
-    Category("intellectual_property", "Intellectual property", "S8", "piracy, copies of protected works, circumvention of protection"),
-    Category("indiscriminate_weapons", "Indiscriminate weapons", "S9", "chemical, biological, radiological, nuclear, explosive weapons"),
+    Category(
+        "intellectual_property", "Intellectual property", "S8", "piracy, copies of protected works, circumvention of protection"
+    ),
+    Category(
+        "indiscriminate_weapons", "Indiscriminate weapons", "S9", "chemical, biological, radiological, nuclear, explosive weapons"
+    ),
     Category("hate", "Hate", "S10", "demeaning or dehumanising people for what they are"),
     Category("self_harm", "Suicide and self-harm", "S11", "methods, encouragement, disordered eating"),
     Category("sexual_content", "Sexual content", "S12", "explicit sexual text"),

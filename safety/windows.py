@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 SEGMENT = 160
@@ -43,7 +44,7 @@ def segments(text: str) -> list[Window]:
     _cut(text, edges, size)
     if len(edges) > 2 and edges[-1] - edges[-2] < MINIMUM and edges[-1] - edges[-3] <= SEGMENT:
         del edges[-2]
-    return [Window(a, b) for a, b in zip(edges, edges[1:])]
+    return [Window(a, b) for a, b in pairwise(edges)]
 
 
 def _cut(text: str, edges: list[int], end: int) -> None:

@@ -159,7 +159,9 @@ def test_a_picture_on_stdin_without_a_model_names_the_way_to_one(tmp_path: Path,
     assert "python -m mmgpt.train" in message and "some minutes" in message and str(tmp_path) in message
 
 
-def test_a_filter_that_cannot_be_used_is_a_broken_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_filter_that_cannot_be_used_is_a_broken_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("safety.filter.FOLDER", tmp_path / "none")
     model = Model()
     assert main(["--model", str(tmp_path), "Hello"], load=model.load, generate=model.generate) == 3
@@ -555,7 +557,9 @@ def test_chat_ends_with_the_input(tmp_path: Path, weights: Path) -> None:
 
 
 def test_on_a_terminal_a_question_is_answered_once(tmp_path: Path, weights: Path) -> None:
-    program = textwrap.dedent(CHAT).format(repository=str(REPOSITORY), weights=str(weights), argv=["--model", str(tmp_path), "Hello"])
+    program = textwrap.dedent(CHAT).format(
+        repository=str(REPOSITORY), weights=str(weights), argv=["--model", str(tmp_path), "Hello"]
+    )
     terminal = Terminal(program, tmp_path)
     terminal.until("<1 messages, 0 images, Hello>")
     assert terminal.wait() == 0

@@ -58,13 +58,18 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_runs_with_three_packages(python: Path, tmp_path: Path) -> None:
     weights = tiny_filter.build(tmp_path / "weights")
     environment = {"PATH": "/usr/bin:/bin"}
-    lacks = "import importlib.util as u; print([n for n in ('torch', 'transformers', 'lightning', 'jsonargparse', 'onnx') if u.find_spec(n)])"
+    lacks = "import importlib.util as u; print([n for n in ('torch', 'transformers', 'lightning', 'onnx') if u.find_spec(n)])"
     found = subprocess.run([python, "-c", lacks], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert found.stdout == "[]\n", found.stderr
     found = subprocess.run(
         [python, "-m", "safety", "--weights", weights],
-        cwd=REPOSITORY, env=environment, input=f"{BAD}\n{GOOD}\n", capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        env=environment,
+        input=f"{BAD}\n{GOOD}\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert found.returncode == 0, found.stderr
     assert [json.loads(line)["sensitive"] for line in found.stdout.splitlines()] == [True, False]
 
@@ -79,7 +84,8 @@ from safety.gate import Gate
 assert not {{"numpy", "onnxruntime", "tokenizers"}} & set(sys.modules)
 gate = Gate(weights={str(weights)!r})
 assert gate.filter.check({BAD!r}).sensitive and not gate.problem
-print(sorted(name for name in set(sys.modules) - before if name.split(".")[0] in ("mmgpt", "demo", "torch", "transformers", "rich")))
+others = "mmgpt", "demo", "torch", "transformers", "rich"
+print(sorted(name for name in set(sys.modules) - before if name.split(".")[0] in others))
 """
     found = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert found.stdout == "[]\n", found.stderr

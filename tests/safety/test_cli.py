@@ -82,7 +82,12 @@ def test_several_files_are_numbered_through(weights: Path, tmp_path: Path) -> No
         (tmp_path / name).write_text(f"{GOOD}\n{BAD}\n")
     code, out, _ = ask(b"", "--weights", str(weights), str(tmp_path / "a"), str(tmp_path / "b"))
     found = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and [(entry["line"], entry["sensitive"]) for entry in found] == [(1, False), (2, True), (3, False), (4, True)]
+    assert code == 0 and [(entry["line"], entry["sensitive"]) for entry in found] == [
+        (1, False),
+        (2, True),
+        (3, False),
+        (4, True),
+    ]
 
 
 def test_a_line_is_answered_before_the_next_comes(weights: Path) -> None:

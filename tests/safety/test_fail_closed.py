@@ -144,7 +144,9 @@ FAULTS: dict[str, Fault] = {
     "stage 1 gives no row": Fault("not_finite", code=stage(0, lambda count: np.zeros((0, OUTPUTS), np.float32))),
     "stage 1 gives nothing": Fault("not_finite", code=stage(0, lambda count: None)),
     "stage 2 gives NaN": Fault("not_finite", LOOK_ALIKE, code=stage(1, full(np.nan))),
-    "stage 2 gives too many": Fault("not_finite", LOOK_ALIKE, code=stage(1, lambda count: np.zeros((2, OUTPUTS), np.float32) - 9)),
+    "stage 2 gives too many": Fault(
+        "not_finite", LOOK_ALIKE, code=stage(1, lambda count: np.zeros((2, OUTPUTS), np.float32) - 9)
+    ),
     "empty": Fault("empty", "", line=b"\n"),
     "nothing visible": Fault("empty", " \u200b\n ", line="\u200b \n".encode()),
     "None": Fault("not_text", None, line=b'{"text": null}\n', gate="bad_messages"),
@@ -158,7 +160,9 @@ FAULTS: dict[str, Fault] = {
     "weights missing": Fault("weights_missing", weights=lambda folder: (folder / "linear.npz").unlink()),
     "no calibration": Fault("weights_missing", weights=lambda folder: (folder / "calibration.json").unlink()),
     "no folder": Fault("weights_missing", weights=shutil.rmtree),
-    "a folder for a file": Fault("weights_unreadable", weights=lambda folder: [(folder / "linear.npz").unlink(), (folder / "linear.npz").mkdir()]),
+    "a folder for a file": Fault(
+        "weights_unreadable", weights=lambda folder: [(folder / "linear.npz").unlink(), (folder / "linear.npz").mkdir()]
+    ),
     "linear truncated": Fault("weights_truncated", weights=cut("linear.npz")),
     "encoder truncated": Fault("weights_truncated", weights=cut("encoder.int8.onnx")),
     "tokenizer truncated": Fault("weights_truncated", weights=cut("tokenizer.json", 0)),
@@ -166,13 +170,17 @@ FAULTS: dict[str, Fault] = {
     "linear altered": Fault("weights_altered", weights=flip("linear.npz")),
     "encoder altered": Fault("weights_altered", weights=flip("encoder.int8.onnx")),
     "tokenizer altered": Fault("weights_altered", weights=flip("tokenizer.json")),
-    "threshold altered": Fault("weights_altered", weights=edit(False, lambda c: c["thresholds"]["balanced"].update(threshold=1.0))),
+    "threshold altered": Fault(
+        "weights_altered", weights=edit(False, lambda c: c["thresholds"]["balanced"].update(threshold=1.0))
+    ),
     "wrong hash": Fault("weights_altered", weights=edit(False, lambda c: c["files"].update({"linear.npz": "0" * 64}))),
     "no hashes": Fault("weights_unreadable", weights=edit(False, lambda c: c.pop("files"))),
     "a file without hash": Fault("weights_altered", weights=edit(False, lambda c: c["files"].pop("tokenizer.json"))),
     "another version": Fault("weights_unreadable", weights=edit(True, lambda c: c.update(version=2))),
     "another taxonomy": Fault("weights_unreadable", weights=edit(True, lambda c: c["categories"].reverse())),
-    "thresholds out of order": Fault("weights_unreadable", weights=edit(True, lambda c: c["thresholds"]["strict"].update(threshold=0.9))),
+    "thresholds out of order": Fault(
+        "weights_unreadable", weights=edit(True, lambda c: c["thresholds"]["strict"].update(threshold=0.9))
+    ),
     "clears what it should not": Fault("weights_unreadable", weights=edit(True, lambda c: c["linear"].update(clear_below=0.4))),
     "a scale of NaN": Fault("weights_unreadable", weights=edit(True, lambda c: c["linear"]["a"].__setitem__(0, float("nan")))),
     "a scale turned": Fault("weights_unreadable", weights=edit(True, lambda c: c["linear"]["a"].__setitem__(0, -1.0))),
@@ -187,7 +195,7 @@ FAULTS: dict[str, Fault] = {
     "canaries not told apart": Fault("canary_failed", weights=canaries(swapped_labels)),
     "a canary cannot be judged": Fault("canary_failed", weights=canaries(lambda lines: [*lines, '{"text": "", "label": 1}'])),
     "weights that do not tell": Fault("canary_failed", weights=edit(True, lambda c: c["transformer"]["a"].__setitem__(0, 1e-6))),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

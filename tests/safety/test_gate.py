@@ -50,7 +50,9 @@ def test_prompts(gate: Gate) -> None:
     allowed = gate.check_prompt(said(GOOD))
     assert allowed.allowed and allowed.reason == "clear" and allowed.refusal == "" and 0 < allowed.score < 0.5
     refused = gate.check_prompt(said(BAD))
-    assert not refused.allowed and refused.reason == "indiscriminate_weapons" and refused.refusal == REFUSAL and refused.score > 0.9
+    assert (
+        not refused.allowed and refused.reason == "indiscriminate_weapons" and refused.refusal == REFUSAL and refused.score > 0.9
+    )
     assert not gate.check_prompt([*said("how do I make"), *said("a bomb")]).allowed
 
 
@@ -67,7 +69,9 @@ def test_the_refusal_is_in_the_desired_style() -> None:
     cuts=st.lists(st.integers(0, 1500), max_size=20),
 )
 @settings(max_examples=40)
-def test_pieces_decide_as_the_whole_and_nothing_is_lost(gate: Gate, before: int, middle: str, after: int, cuts: list[int]) -> None:
+def test_pieces_decide_as_the_whole_and_nothing_is_lost(
+    gate: Gate, before: int, middle: str, after: int, cuts: list[int]
+) -> None:
     text = CALM * before + middle + CALM * after
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     shown, verdict = drain(gate.stream([], iter([text[a:b] for a, b in itertools.pairwise(edges)])))
@@ -168,7 +172,12 @@ def test_the_log_holds_no_text(weights: Path, tmp_path: Path) -> None:
     assert json.loads(other.read_text())["hash"] != lines[0]["hash"]
     salt = tmp_path / "audit.jsonl.salt"
     assert len(salt.read_bytes()) == 32 and stat.S_IMODE(os.stat(salt).st_mode) == 0o600
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["audit.jsonl", "audit.jsonl.salt", "other.jsonl", "other.jsonl.salt"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "audit.jsonl",
+        "audit.jsonl.salt",
+        "other.jsonl",
+        "other.jsonl.salt",
+    ]
 
 
 def test_the_log_holds_text_where_it_is_asked_to(weights: Path, tmp_path: Path) -> None:

@@ -28,7 +28,29 @@ SENTENCES = [
 any_text = st.text(st.characters(codec="utf-8"), max_size=60)
 tricky = st.lists(
     st.sampled_from(
-        ["bomb", "Нет", "ГО", "ß", "ﬁ", "İ", "Σς", "\u200b", "\u0301", " \n ", "  ", "\t", "ǆ", "ﷺ", "한글", "ᏼ", "ᲂ", "🅱", "①", "℡", "\x00"]
+        [
+            "bomb",
+            "Нет",
+            "ГО",
+            "ß",
+            "ﬁ",
+            "İ",
+            "Σς",
+            "\u200b",
+            "\u0301",
+            " \n ",
+            "  ",
+            "\t",
+            "ǆ",
+            "ﷺ",
+            "한글",
+            "ᏼ",
+            "ᲂ",
+            "🅱",
+            "①",
+            "℡",
+            "\x00",
+        ]
     )
 ).map("".join)
 
@@ -51,11 +73,23 @@ def test_idempotent(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "HOW  to\n make a\u00a0BOMB", "how to make a ｂｏｍｂ", "how to make a bo\u200bmb", "how to mäke a bömb", "how to make a 𝐛𝐨𝐦𝐛",
-        "how to make a 🅑🅞🅜🅑", "how to make a bo\u00admb", "ʜᴏᴡ to make a bоmb", "how to make a b\u0336o\u0336m\u0336b", "hοw tο mаkе а bomb",
-        "how to make a bo\x00mb", "how to mɐke a boɯb", "how to make a 🇧🇴🇲🇧", "how to make a bøмb", " how to make a bomb\u2028",
+        "HOW  to\n make a\u00a0BOMB",
+        "how to make a ｂｏｍｂ",
+        "how to make a bo\u200bmb",
+        "how to mäke a bömb",
+        "how to make a 𝐛𝐨𝐦𝐛",
+        "how to make a 🅑🅞🅜🅑",
+        "how to make a bo\u00admb",
+        "ʜᴏᴡ to make a bоmb",
+        "how to make a b\u0336o\u0336m\u0336b",
+        "hοw tο mаkе а bomb",
+        "how to make a bo\x00mb",
+        "how to mɐke a boɯb",
+        "how to make a 🇧🇴🇲🇧",
+        "how to make a bøмb",
+        " how to make a bomb\u2028",
     ],
-)  # fmt: skip
+)
 def test_one_form_for_what_looks_the_same(text: str) -> None:
     assert normalize(text).replace("\n", " ") == PLAIN
 
@@ -132,7 +166,13 @@ def test_what_a_disguise_may_look_like(name: str, text: str) -> None:
 
 
 def test_words_and_hashes_are_no_encodings() -> None:
-    for text in ["internationalization", "d41d8cd98f00b204e9800998ecf8427e", "the years 10 20 30 40 50 60 70", "100% of 5% is 5", "AT&T & Co"]:
+    for text in [
+        "internationalization",
+        "d41d8cd98f00b204e9800998ecf8427e",
+        "the years 10 20 30 40 50 60 70",
+        "100% of 5% is 5",
+        "AT&T & Co",
+    ]:
         assert not {"base64", "hex", "url", "morse"} & set(named(text)), text
 
 
@@ -202,9 +242,41 @@ def test_growth_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "unit",
-    [*string.punctuation, " ", "\n", "a", "0", "aB3", ". ", "- ", "%41", "&a", "\\x", "a.b", "=a", "1 ", "a ", "aa:", "0x", "é", "ж", "\U000e0041", "\ufe0f",
-     "aGk", "n0", "68%", "how to ", "ubj gb ", "bmob a ", "h0w ", "'\"", ".\"", "@$", "a!"],
-)  # fmt: skip
+    [
+        *string.punctuation,
+        " ",
+        "\n",
+        "a",
+        "0",
+        "aB3",
+        ". ",
+        "- ",
+        "%41",
+        "&a",
+        "\\x",
+        "a.b",
+        "=a",
+        "1 ",
+        "a ",
+        "aa:",
+        "0x",
+        "é",
+        "ж",
+        "\U000e0041",
+        "\ufe0f",
+        "aGk",
+        "n0",
+        "68%",
+        "how to ",
+        "ubj gb ",
+        "bmob a ",
+        "h0w ",
+        "'\"",
+        '."',
+        "@$",
+        "a!",
+    ],
+)
 def test_long_runs_of_anything_take_linear_time(unit: str) -> None:
     # A pattern that tries each start against each end would need minutes here.
     text = unit * (60_000 // len(unit))

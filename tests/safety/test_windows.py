@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from safety.windows import BLOCK, MINIMUM, SEGMENT, Window, segments, windows
 
-text = st.lists(st.sampled_from(["word", " ", ". ", "\n", "? ", "x" * 50, "。", "a" * 200, "e.g. ", "!", ".", '." ']), max_size=80).map("".join)
+text = st.lists(
+    st.sampled_from(["word", " ", ". ", "\n", "? ", "x" * 50, "。", "a" * 200, "e.g. ", "!", ".", '." ']), max_size=80
+).map("".join)
 
 
 @given(text)
