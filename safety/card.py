@@ -40,8 +40,8 @@ def render(folder: Path = WEIGHTS, tests: Sequence[str] | None = None) -> str:
         results = [measured(name, label[name], given[name], points, SAMPLES) for name in names]
         joint = [name for name in names if len(set(label[name])) == 1]
         if len({int(label[name][0]) for name in joint}) == 2:
-            together = [np.concatenate([side[name] for name in joint]) for side in (label, given)]
-            results.append(measured(" + ".join(joint), *together, points, SAMPLES))
+            labels, scores = (np.concatenate([side[name] for name in joint]) for side in (label, given))
+            results.append(measured(" + ".join(joint), labels, scores, points, SAMPLES))
         parts.append(f"### {title}\n\n{table(results, points)}")
         if stage == "filter":
             parts.append(_groups(rows, given, points["balanced"]) + "\n\n" + _misses(rows, given, points["balanced"]))

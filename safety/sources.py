@@ -278,7 +278,8 @@ def overlaps(rows: Sequence[Row], tests: Sequence[Row], *, words: int = 8, jacca
     2020, appendix C), or where both sets of words have at least this Jaccard index (which finds short prompts with a word
     changed), or where the two are equal by `key`.
     """
-    exact, runs = set(), set()
+    exact: set[str] = set()
+    runs: set[tuple[str, ...]] = set()
     sets: list[frozenset[str]] = []
     holders: dict[str, list[int]] = defaultdict(list)
     for test in tests:

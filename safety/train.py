@@ -265,13 +265,17 @@ def train_linear(rows: list[Row], config: LinearConfig, seed: int) -> Linear:
             touched = self.table.weight[index].square().sum()
             return loss(logits, label, mask, weight, categories=1.0) + config.decay * touched
 
-        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        def configure_optimizers(self) -> torch.optim.Optimizer:
             # Adagrad: rare features learn as fast as frequent ones, and a sparse gradient touches only their rows.
             return torch.optim.Adagrad(self.parameters(), lr=config.lr)
 
     model = Bag()
-    loader = torch.utils.data.DataLoader(
-        range(len(rows)), config.batch_size, shuffle=True, collate_fn=collate, generator=torch.Generator().manual_seed(seed)
+    loader: Any = torch.utils.data.DataLoader(
+        list(range(len(rows))),  # type: ignore[arg-type]
+        config.batch_size,
+        shuffle=True,
+        collate_fn=collate,
+        generator=torch.Generator().manual_seed(seed),
     )
     _trainer(config.epochs).fit(model, loader)
     table = model.table.weight.detach().numpy()
@@ -396,7 +400,7 @@ def train_encoder(rows: list[Row], config: EncoderConfig, seed: int, run_dir: Pa
     source = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     spec, kept = prune_vocabulary(source, texts, config.vocabulary)
     tokenizer = Tokenizer.from_str(json.dumps(spec))
-    ends = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    ends = spec["model"]["vocab"]["[CLS]"], spec["model"]["vocab"]["[SEP]"]
     rng = random.Random(seed)
     room = config.train_length - 2
     encoded: list[list[int]] = []
@@ -425,12 +429,12 @@ def train_encoder(rows: list[Row], config: EncoderConfig, seed: int, run_dir: Pa
     class Tuned(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = encoder_module(folder, kept, config.frozen_layers)
+            self.encoder: Any = encoder_module(folder, kept, config.frozen_layers)
 
         def train_dataloader(self) -> Any:
             round_, part = divmod(self.current_epoch, SLICES)
             return torch.utils.data.DataLoader(
-                range(len(encoded)),
+                list(range(len(encoded))),
                 batch_sampler=plans[round_][part::SLICES],
                 collate_fn=collate,  # type: ignore[arg-type]
             )
