@@ -336,7 +336,7 @@ class AnswerStream:
 
     At every `STEP` characters the last `TAIL` are judged, and all of the answer at its end; what is cleared is held back by
     `HOLD` more characters, so that a sentence is not half shown when its end gives it away. Where the answer is cut into
-    pieces makes no difference.
+    pieces makes no difference, but for one of `MAX_BYTES`, which is not read further.
     """
 
     STEP, HOLD, TAIL = 96, 64, 768
@@ -358,6 +358,10 @@ class AnswerStream:
         if not isinstance(piece, str):
             self.verdict = self.filter.blocked("not_text")
             return
+        self._bytes += len(piece.encode("utf-8", "surrogatepass"))
+        if self._bytes >= MAX_BYTES:
+            self.verdict = self.filter.blocked("too_long")
+            return
         at = 0
         while at < len(piece):
             part = piece[at : at + self.STEP - self._since]
@@ -366,12 +370,9 @@ class AnswerStream:
             self._text.append(part)
             self._held += part
             self._tail = (self._tail + part)[-self.TAIL :]
-            self._bytes += len(part.encode("utf-8", "surrogatepass"))
             if self._since == self.STEP:
                 self._since = 0
-                if self._bytes >= MAX_BYTES:
-                    self.verdict = self.filter.blocked("too_long")
-                elif self._tail.strip():
+                if self._tail.strip():
                     self._judge(self._tail)
                 if self.verdict.sensitive:
                     return

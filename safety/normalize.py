@@ -121,8 +121,8 @@ class _Reading:
 
     def __init__(self, name: str, raw: str, parent: _Reading | None, pieces: tuple[_Piece, ...]) -> None:
         self.name, self.raw, self.parent, self.pieces = name, raw, parent, pieces
-        self.depth = 0 if parent is None else parent.depth + 1
-        self.encodings = 0 if parent is None else parent.encodings + (name.rsplit("+")[-1] in ENCODINGS)
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        self.encodings: int = 0 if parent is None else parent.encodings + (name.rsplit("+")[-1] in ENCODINGS)
         self.clean = clean(raw)
         self.canonical = _layout(small(self.clean))
 
