@@ -203,9 +203,13 @@ class Asker:
 
 
 def _make_gate() -> Any:
-    from demo.gate import KeywordGate
+    from safety.gate import Gate
 
-    return KeywordGate()
+    gate = Gate()
+    if gate.problem:
+        # It would refuse everything; whoever asks is to know that nothing was judged.
+        raise UserError(f"{gate.problem}: {gate.detail}")
+    return gate
 
 
 def _load(path: Path, *, device: str, precision: str) -> Any:

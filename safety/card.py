@@ -1,0 +1,149 @@
+"""The model card, safety/weights/README.md: what the weights were trained on and what they do, from measurements alone.
+
+`python -m safety.card` measures the shipped weights again and rewrites it. What stands below the line `<!-- red team -->` in
+an existing card is kept: `safety.redteam` appends there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from safety.evaluate import WEIGHTS, load_calibration, measured, read, scorer, table
+
+if TYPE_CHECKING:
+    from safety.sources import Row
+
+NAME = "README.md"
+MARK = "<!-- red team -->"
+SAMPLES = 300  # of the bootstrap
+MISSES = 12  # that are shown
+
+
+def render(folder: Path = WEIGHTS, tests: Sequence[str] | None = None) -> str:
+    """The card of a folder of weights, measured on the named test sets; Markdown."""
+    from safety.sources import TESTS
+
+    names = list(TESTS if tests is None else tests)
+    calibration = load_calibration(folder)
+    points = {name: point["threshold"] for name, point in calibration["thresholds"].items()}
+    rows = {name: read(name) for name in names}
+    label = {name: np.array([row.label for row in part]) for name, part in rows.items()}
+    parts = [_head(calibration), _data(calibration["data"]), _points(calibration)]
+    for stage, title in (("filter", "The whole filter"), ("transformer", "Stage 2 alone"), ("linear", "Stage 1 alone")):
+        score = scorer(stage, folder)
+        given = {name: score([row.text for row in part]) for name, part in rows.items()}
+        results = [measured(name, label[name], given[name], points, SAMPLES) for name in names]
+        joint = [name for name in names if len(set(label[name])) == 1]
+        if len({int(label[name][0]) for name in joint}) == 2:
+            labels, scores = (np.concatenate([side[name] for name in joint]) for side in (label, given))
+            results.append(measured(" + ".join(joint), labels, scores, points, SAMPLES))
+        parts.append(f"### {title}\n\n{table(results, points)}")
+        if stage == "filter":
+            parts.append(_groups(rows, given, points["balanced"]) + "\n\n" + _misses(rows, given, points["balanced"]))
+    old = folder / NAME
+    kept = old.read_text(encoding="utf-8").partition(MARK)[2] if old.exists() else ""
+    return "\n\n".join(parts) + f"\n\n{MARK}{kept or chr(10)}"
+
+
+def _head(calibration: dict[str, Any]) -> str:
+    parity = calibration["parity"]
+    return f"""# The weights of the filter
+
+Two stages that judge whether a prompt is sensitive and should not be answered, with sixteen categories: a linear model on
+hashed n-grams, and all-MiniLM-L6-v2 (Apache-2.0) fine-tuned, with a pruned vocabulary, in int8. Written by
+`python -m safety.train --config configs/safety.yaml`; every figure here was measured by it or by `python -m safety.card`.
+
+For: English chat prompts to an assistant, before it answers, and its answers while they stream. Not for: other languages
+(hardly any were trained on), legal or medical decisions about people, or as the only protection where a miss is dangerous.
+
+int8 against fp32 on {calibration["development"]["sensitive"]} sensitive and
+{calibration["development"]["everyday"] + calibration["development"]["lookalikes"]} harmless development prompts (a sample of
+them): mean |dp| {parity["mean_dp"]:.4f}, AUROC {parity["auroc_int8"]:.4f} against {parity["auroc_fp32"]:.4f}."""
+
+
+def _data(counts: dict[str, Any]) -> str:
+    lines = ["## Data", "", "| source | train | development |", "|---|---|---|"]
+    for source in counts["train sources"] | counts["dev sources"]:
+        train, dev = (counts[f"{part} sources"].get(source, 0) for part in ("train", "dev"))
+        lines.append(f"| {source} | {train} | {dev} |")
+    for part in ("train", "dev"):
+        lines.append(f"\n{part}: {counts[part]['sensitive']} sensitive, {counts[part]['harmless']} harmless.")
+    removed = ", ".join(f"{name} {number}" for name, number in sorted(counts["overlaps"].items())) or "none"
+    lines.append(f"\nDuplicates removed: {counts['duplicates']}. Removed because a test set has them, or nearly: {removed}.")
+    return "\n".join(lines)
+
+
+def _points(calibration: dict[str, Any]) -> str:
+    sizes = calibration["development"]
+    lines = [
+        "## Operating points",
+        "",
+        "A prompt whose score reaches the threshold is blocked. Measured on the development split (stage 2): "
+        f"{sizes['sensitive']} sensitive prompts, {sizes['everyday']} everyday ones, {sizes['lookalikes']} harmless look-alikes.",
+        "",
+        "| point | threshold | recall | everyday prompts blocked | look-alikes blocked |",
+        "|---|---|---|---|---|",
+    ]
+    for name, point in calibration["thresholds"].items():
+        cells = [f"{point[key]:.4f}" for key in ("threshold", "recall", "fpr", "lookalike_fpr")]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    linear, transformer = calibration["linear"], calibration["transformer"]
+    lines += [
+        "",
+        f"Expected calibration error on the half of it that was not calibrated on: stage 2 {transformer['dev_ece']:.4f}, stage 1 "
+        f"{linear['dev_ece']:.4f}; AUROC there {transformer['dev_auroc']:.4f} and {linear['dev_auroc']:.4f}. Stage 1 passes a "
+        f"window by itself below {linear['clear_below']:.4f}: {linear['clear_share']:.1%} of the harmless prompts, and "
+        f"{linear['clear_loss']:.2%} of the sensitive ones that stage 2 would have blocked at `balanced`.",
+        "",
+        "## Test sets",
+        "",
+        "Never trained on, and used to compare versions while this was written: they are development tests, not a final "
+        "judgement. In brackets 95 % of bootstrap samples.",
+    ]
+    return "\n".join(lines)
+
+
+def _groups(rows: dict[str, list[Row]], given: dict[str, np.ndarray], threshold: float) -> str:
+    """What is blocked at `balanced` of each of the collections' own categories."""
+    lines = ["Blocked at `balanced`, by the sets' own categories:", "", "| set | category | label | prompts | blocked |"]
+    lines.append("|---|---|---|---|---|")
+    for name, part in rows.items():
+        for group, label in sorted({(row.group, row.label) for row in part if row.group}):
+            chosen = np.array([row.group == group and row.label == label for row in part])
+            share = (given[name][chosen] >= threshold).mean()
+            kind = "sensitive" if label else "harmless"
+            lines.append(f"| {name} | {group} | {kind} | {int(chosen.sum())} | {share:.1%} |")
+    return "\n".join(lines)
+
+
+def _misses(rows: dict[str, list[Row]], given: dict[str, np.ndarray], threshold: float) -> str:
+    """The harmless prompts with the highest scores, and how many sensitive ones passed; the prompts of tests are not copied
+    but for the harmless ones, shortened, that were blocked."""
+    blocked = [
+        (float(score), name, row.text)
+        for name, part in rows.items()
+        for row, score in zip(part, given[name])
+        if not row.label and score >= threshold
+    ]
+    lines = [f"Harmless prompts that `balanced` blocks, the highest of {len(blocked)}:", ""]
+    for score, name, text in sorted(blocked, reverse=True)[:MISSES]:
+        short = " ".join(text.split())
+        lines.append(f"- {score:.2f} ({name}): {short[:110]}{'...' if len(short) > 110 else ''}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    (WEIGHTS / NAME).write_text(render(), encoding="utf-8")
+    print(WEIGHTS / NAME)
+    return 0
+
+
+if __name__ == "__main__":
+    from mmgpt.errors import run_cli
+
+    sys.exit(run_cli(main))

@@ -1,0 +1,574 @@
+"""The filter: a text in, a verdict out, and nothing that goes wrong lets a text pass.
+
+    text -> views -> windows -> stage 1, on every window -> stage 2, on those that stage 1 does not clear -> highest score
+
+A text is as sensitive as the most sensitive window of any of its views. Each text is judged by itself: alone, in a batch or
+streamed it gets the same verdict, to the bit.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from safety.normalize import BudgetError, View, views
+from safety.taxonomy import KEYS
+from safety.weights import FOLDER, WeightsError, read
+from safety.windows import Window, windows
+
+MAX_BYTES = 10_000_000
+"""A text of so many bytes of UTF-8 is not read but blocked."""
+
+POINTS = ("strict", "balanced", "loose")
+CANARIES = Path(__file__).parent / "data" / "canaries.jsonl"
+MIN_CANARIES, MIN_SEPARATION = 20, 0.5
+
+READS, READS_PER = 6, 4096
+"""Stage 2 reads the READS most suspicious windows, and one more for every READS_PER characters."""
+
+CHUNK = 1 << 17
+"""Characters of windows that stage 1 reads in one call; nothing depends on it but memory and speed."""
+
+REASONS: dict[str, str] = {
+    "clear": "not sensitive",
+    "sensitive": "sensitive, of no single category",
+    **{key: "sensitive; its likeliest category" for key in KEYS},
+    "empty": "no text, or nothing visible in it",
+    "not_text": "None, a number, bytes: not a string",
+    "invalid_utf8": "bytes that are no UTF-8",
+    "surrogates": "lone surrogates, which are no characters",
+    "bad_line": "a line that is no JSON object with the field",
+    "bad_messages": "a conversation that is no list of messages",
+    "too_long": f"{MAX_BYTES:,} bytes or more",
+    "budget_exceeded": "disguises nested too deep, or growing too long when they are taken off",
+    "not_finite": "a stage gave NaN, infinity or the wrong number of outputs",
+    "failed_normalize": "an exception while the text was normalised or decoded",
+    "failed_windows": "an exception while windows were cut",
+    "failed_linear": "an exception in stage 1",
+    "failed_transformer": "an exception in stage 2",
+    "failed_decision": "an exception in the decision",
+    "weights_missing": "a file of the weights is not there",
+    "weights_truncated": "a file of the weights is shorter than it was",
+    "weights_altered": "a file of the weights is not the one whose hash was written down",
+    "weights_unreadable": "a file of the weights cannot be read or used",
+    "canary_failed": "the prompts that are tried at the start are not told apart",
+    "failed_load": "another exception while the filter was loaded",
+    "failed_gate": "an exception in the gate",
+    "failed_audit": "the audit log cannot be written",
+}
+"""Every reason code. All but `clear` block."""
+
+
+class Stage(Protocol):
+    """`classifier.Linear` and `classifier.Transformer`."""
+
+    def logits(self, texts: Sequence[str]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the filter decided.
+
+    Args:
+        sensitive: Whether the text should not be answered.
+        score: Calibrated probability that it is sensitive; 1 where it could not be judged.
+        reason: A code of `REASONS`.
+        categories: A calibrated probability for each category of the taxonomy, of the window that decided; empty where the
+            text could not be judged.
+        span: Characters of the text that fired, start and end; None where nothing did.
+        view: The reading in which they fired: `canonical`, or the decoders that led to it.
+        operating_point: strict, balanced or loose.
+        model: Hash of the weights, 12 digits; empty where there are none.
+    """
+
+    sensitive: bool
+    score: float
+    reason: str
+    categories: Mapping[str, float] = field(default_factory=dict)
+    span: tuple[int, int] | None = None
+    view: str = ""
+    operating_point: str = "balanced"
+    model: str = ""
+
+    @property
+    def allowed(self) -> bool:
+        return not self.sensitive
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict for one line of JSON."""
+        return {
+            "sensitive": self.sensitive,
+            "score": round(self.score, 6),
+            "reason": self.reason,
+            "categories": {key: round(value, 4) for key, value in self.categories.items()},
+            "span": None if self.span is None else list(self.span),
+            "view": self.view,
+            "operating_point": self.operating_point,
+            "model": self.model,
+        }
+
+
+class _Blocked(Exception):
+    """A text that cannot be judged; `reason` says why."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Filter:
+    """Judges texts, conversations and answers.
+
+    A filter that could not be loaded is no exception but a filter that blocks everything: `problem` is then the reason code,
+    and `detail` says more. No argument switches a stage off.
+
+    Args:
+        operating_point: `strict`, `balanced` or `loose`: which of the fixed thresholds counts.
+        weights: Another folder of weights, with its own canaries.jsonl.
+
+    Raises:
+        ValueError: there is no such operating point.
+    """
+
+    def __init__(self, operating_point: str = "balanced", *, weights: Path | str | None = None) -> None:
+        if operating_point not in POINTS:
+            raise ValueError(f"operating_point is {operating_point!r}; there are {', '.join(POINTS)}")
+        self.operating_point = operating_point
+        self.problem = self.detail = self.model = ""
+        folder = FOLDER if weights is None else Path(weights)
+        try:
+            self._load(folder)
+            self._try_canaries(CANARIES if weights is None else folder / CANARIES.name)
+        except WeightsError as error:
+            self.problem, self.detail = error.reason, str(error)
+        except (Exception, SystemExit) as error:
+            self.problem, self.detail = "failed_load", f"{type(error).__name__}: {error}"
+
+    def _load(self, folder: Path) -> None:
+        files, calibration = read(folder)
+        self.model = calibration["seal"][:12]
+        try:
+            if calibration["version"] != 1 or tuple(calibration["categories"]) != KEYS:
+                raise ValueError("calibration.json is of another version or taxonomy")
+            self._scales = [_Scale(calibration[stage]["a"], calibration[stage]["b"]) for stage in ("linear", "transformer")]
+            self._thresholds = {name: float(calibration["thresholds"][name]["threshold"]) for name in POINTS}
+            bound = float(calibration["linear"]["clear_below"])
+            # Stage 1 may clear only what every operating point would let pass.
+            lowest = self._thresholds["strict"]
+            if not 0 <= bound <= lowest <= self._thresholds["balanced"] <= self._thresholds["loose"] <= 1:
+                raise ValueError("the thresholds are not in order")
+            self._clear, self._certain = _logit(bound), _logit(self._thresholds["loose"])
+            pieces = {key: int(calibration["transformer"][key]) for key in ("length", "overlap")}
+            self._stages = _stages(files, pieces)
+        except (Exception, SystemExit) as error:
+            raise WeightsError("weights_unreadable", f"{folder}: {type(error).__name__}: {error}") from error
+
+    def _try_canaries(self, path: Path) -> None:
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WeightsError("canary_failed", f"{path} cannot be read: {error!r}") from error
+        if len(rows) < MIN_CANARIES or set(labels) != {0, 1}:
+            raise WeightsError("canary_failed", f"{path} needs {MIN_CANARIES} prompts of both labels")
+        found = self.check_batch(texts)
+        broken = next((verdict.reason for verdict in found if not verdict.categories), None)
+        if broken:
+            raise WeightsError("canary_failed", f"a canary could not be judged: {broken}")
+        scores = [[verdict.score for verdict, label in zip(found, labels) if label == wanted] for wanted in (0, 1)]
+        gap = min(scores[1]) - max(scores[0])
+        if not gap >= MIN_SEPARATION:
+            raise WeightsError(
+                "canary_failed", f"sensitive and harmless canaries are {gap:.3f} apart, {MIN_SEPARATION} are needed"
+            )
+
+    # Judging
+
+    def check(self, text: Any) -> Verdict:
+        """Judge one text."""
+        return self.check_batch([text])[0]
+
+    def check_batch(self, texts: Iterable[Any]) -> list[Verdict]:
+        """Judge texts; the verdicts in their order, each as if the text were alone."""
+        cases = [_Case(text) for text in texts]
+        if self.problem:
+            return [self.blocked(self.problem) for _ in cases]
+        try:
+            self._first_stage(cases)
+        except (Exception, SystemExit):
+            # One of them may have broken the call for all: each by itself.
+            for case in cases:
+                case.reset()
+                with _failing(case, "failed_linear"):
+                    self._first_stage([case])
+        for case in cases:
+            with _failing(case, "failed_transformer"):
+                self._second_stage(case)
+        return [self._decide(case) for case in cases]
+
+    def blocked(self, reason: str) -> Verdict:
+        """The verdict on what cannot be judged. Raises KeyError for a code that is not in `REASONS`."""
+        assert REASONS[reason]
+        return Verdict(True, 1.0, reason, operating_point=self.operating_point, model=self.model)
+
+    def _first_stage(self, cases: list[_Case]) -> None:
+        """Stage 1 on every window of every view."""
+        chunk: list[_Read] = []
+        size = 0
+        for case in cases:
+            for read_ in case.windows():
+                chunk.append(read_)
+                size += len(read_.text)
+                if size >= CHUNK:
+                    self._score_first(chunk)
+                    chunk, size = [], 0
+        if chunk:
+            self._score_first(chunk)
+
+    def _score_first(self, chunk: list[_Read]) -> None:
+        places: dict[str, int] = {}
+        for read_ in chunk:
+            places.setdefault(read_.text, len(places))
+        logits = _checked(self._stages[0].logits(list(places)), len(places))
+        scaled = self._scales[0].sensitive(logits)
+        for read_ in chunk:
+            at = places[read_.text]
+            value = scaled[at]
+            if value < self._clear:
+                if value > read_.case.clear.value:
+                    read_.case.clear = _Scored(value, 0, read_, logits[at])
+            else:
+                read_.case.suspect(value, read_)
+
+    def _second_stage(self, case: _Case) -> None:
+        """Stage 2 on the windows that stage 1 does not clear, the most suspicious first."""
+        if case.reason:
+            return
+        for read_ in case.suspects():
+            logits = _checked(self._stages[1].logits([read_.text]), 1)
+            value = self._scales[1].sensitive(logits)[0]
+            if value > case.read.value:
+                case.read = _Scored(value, 1, read_, logits[0])
+            # Above the highest threshold every operating point has decided.
+            if value >= self._certain:
+                break
+
+    def _decide(self, case: _Case) -> Verdict:
+        if case.reason:
+            return self.blocked(case.reason)
+        try:
+            best = max(case.read, case.clear, key=lambda scored: scored.value)
+            if best.window is None:
+                return self.blocked("empty")
+            score = _sigmoid(best.value)
+            # Equal rounding on both sides: what stage 1 clears stays below every threshold.
+            sensitive = score >= self._thresholds[self.operating_point]
+            categories = self._scales[best.stage].categories(best.logits)
+            likeliest = max(categories, key=lambda key: categories[key])
+            if not math.isfinite(score) or not all(map(math.isfinite, categories.values())):
+                return self.blocked("not_finite")
+            return Verdict(
+                sensitive=bool(sensitive),
+                score=score,
+                reason="clear" if not sensitive else likeliest if categories[likeliest] >= 0.5 else "sensitive",
+                categories=categories,
+                span=best.window.span() if sensitive else None,
+                view=best.window.view.name,
+                operating_point=self.operating_point,
+                model=self.model,
+            )
+        except (Exception, SystemExit):
+            return self.blocked("failed_decision")
+
+    # Conversations and answers
+
+    def check_conversation(self, messages: Any) -> Verdict:
+        """Judge a conversation: all of it as one text, and what each role says without the others.
+
+        The text of every message counts, whatever its role: a request may be spread over turns, put into the mouth of the
+        assistant, or hidden in a tool's result. Messages are `{"role": ..., "content": text or parts}`; pictures among the
+        parts are not read. `span` refers to all texts joined by line breaks.
+        """
+        try:
+            said = [(message["role"], content_text(message["content"])) for message in messages]
+            if not said or isinstance(messages, str | bytes | Mapping):
+                raise ValueError("no messages")
+        except (Exception, SystemExit):
+            return self.blocked(self.problem or "bad_messages")
+        together = "\n".join(text for _, text in said)
+        texts = [together]
+        for role in dict.fromkeys(role for role, _ in said):
+            texts.append("\n".join(text for other, text in said if other == role))
+        texts = list(dict.fromkeys(texts))
+        found = self.check_batch([text for text in texts if text.strip()] or [together])
+        first = found[0]
+        worst = max(found, key=lambda verdict: (verdict.sensitive, verdict.score))
+        if worst is first or worst.score == first.score:
+            return first
+        return Verdict(**{**worst.__dict__, "span": None})
+
+    def check_answer(self, prompt: Any, answer: Any) -> Verdict:
+        """Judge an answer to a prompt: the prompt, and the answer as `AnswerStream` judges it while it comes."""
+        asked = self.check(prompt)
+        if asked.sensitive:
+            return asked
+        if not isinstance(answer, str):
+            return self.blocked(self.problem or "not_text")
+        stream = self.answer_stream()
+        for _ in stream.feed(answer):
+            pass
+        for _ in stream.close():
+            pass
+        return stream.verdict
+
+    def answer_stream(self) -> AnswerStream:
+        """A checker for an answer that comes in pieces."""
+        return AnswerStream(self)
+
+
+class AnswerStream:
+    """Checks an answer while it comes and gives back what is cleared.
+
+    At every `STEP` characters the last `TAIL` are judged, and all of the answer at its end; what is cleared is held back by
+    `HOLD` more characters, so that a sentence is not half shown when its end gives it away. Where the answer is cut into
+    pieces makes no difference, but for one of `MAX_BYTES`, which is not read further.
+    """
+
+    STEP, HOLD, TAIL = 96, 64, 768
+
+    def __init__(self, judge: Filter) -> None:
+        self.filter = judge
+        self.verdict = judge.blocked(judge.problem) if judge.problem else Verdict(False, 0.0, "clear", model=judge.model)
+        self._text: list[str] = []
+        self._tail = ""
+        self._held = ""
+        self._since = 0
+        self._bytes = 0
+        self._worst: Verdict | None = None
+
+    def feed(self, piece: Any) -> Iterator[str]:
+        """Take a piece of the answer; gives what may be shown of it and of what came before."""
+        if self.verdict.sensitive:
+            return
+        if not isinstance(piece, str):
+            self.verdict = self.filter.blocked("not_text")
+            return
+        self._bytes += len(piece.encode("utf-8", "surrogatepass"))
+        if self._bytes >= MAX_BYTES:
+            self.verdict = self.filter.blocked("too_long")
+            return
+        at = 0
+        while at < len(piece):
+            part = piece[at : at + self.STEP - self._since]
+            at += len(part)
+            self._since += len(part)
+            self._text.append(part)
+            self._held += part
+            self._tail = (self._tail + part)[-self.TAIL :]
+            if self._since == self.STEP:
+                self._since = 0
+                if self._tail.strip():
+                    self._judge(self._tail)
+                if self.verdict.sensitive:
+                    return
+                cleared, self._held = self._held[: -self.HOLD], self._held[-self.HOLD :]
+                if cleared:
+                    yield cleared
+
+    def close(self) -> Iterator[str]:
+        """The answer has ended: gives what is left of it, if all of it may be shown."""
+        if self.verdict.sensitive:
+            return
+        self._judge("".join(self._text))
+        if not self.verdict.sensitive and self._held:
+            cleared, self._held = self._held, ""
+            yield cleared
+
+    def _judge(self, text: str) -> None:
+        found = self.filter.check(text)
+        if self._worst is None or (found.sensitive, found.score) > (self._worst.sensitive, self._worst.score):
+            self._worst = found
+        self.verdict = self._worst
+
+
+def content_text(content: Any) -> str:
+    """The text of a message's content: a string, or parts of which those with text count. Raises ValueError."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise ValueError("content is neither text nor a list of parts")
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif not isinstance(part, Mapping) or "text" in part or part.get("type") == "text":
+            raise ValueError("a part that is neither text nor a picture")
+    return "".join(texts)
+
+
+# What a case holds
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A window to read."""
+
+    case: _Case
+    view: View
+    window: Window
+    text: str
+
+    def span(self) -> tuple[int, int]:
+        return self.view.origin(self.window.start, self.window.end)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The highest logit so far, after calibration; where, and by which stage."""
+
+    value: float
+    stage: int
+    window: _Read | None
+    logits: Any
+
+
+_NOTHING = _Scored(-math.inf, 0, None, None)
+
+
+class _Case:
+    """One text on its way through the stages."""
+
+    def __init__(self, text: Any) -> None:
+        self.text = text
+        self.reset()
+
+    def reset(self) -> None:
+        self.reason = ""
+        self.clear = self.read = _NOTHING
+        self.room = READS
+        self._heap: list[tuple[float, int, _Read]] = []
+        self._count = 0
+
+    def windows(self) -> Iterator[_Read]:
+        """Every window of every view; nothing of a text that cannot be judged."""
+        found: list[View] = []
+        with _failing(self, "failed_normalize"):
+            _validate(self.text)
+            self.room = READS + len(self.text) // READS_PER
+            found = views(self.text)
+            if not found[0].text and len(found) == 1:
+                raise _Blocked("empty")
+        for view in found:
+            parts: Iterator[Window] = iter(())
+            with _failing(self, "failed_windows"):
+                parts = iter(windows(view.text))
+            while True:
+                part = None
+                with _failing(self, "failed_windows"):
+                    part = next(parts, None)
+                if part is None or self.reason:
+                    break
+                yield _Read(self, view, part, view.text[part.start : part.end].strip())
+
+    def suspect(self, value: float, read_: _Read) -> None:
+        """Remember a window for stage 2 if it is among the most suspicious; of equal ones the first."""
+        self._count += 1
+        entry = (value, -self._count, read_)
+        if len(self._heap) < self.room:
+            heapq.heappush(self._heap, entry)
+        else:
+            heapq.heappushpop(self._heap, entry)
+
+    def suspects(self) -> list[_Read]:
+        return [read_ for _, _, read_ in sorted(self._heap, key=lambda entry: (-entry[0], -entry[1]))]
+
+
+def _validate(text: Any) -> None:
+    if not isinstance(text, str):
+        raise _Blocked("not_text")
+    if not text:
+        raise _Blocked("empty")
+    if len(text) >= MAX_BYTES:
+        raise _Blocked("too_long")
+    if not text.isascii():
+        try:
+            size = len(text.encode("utf-8"))
+        except UnicodeEncodeError as error:
+            raise _Blocked("surrogates") from error
+        if size >= MAX_BYTES:
+            raise _Blocked("too_long")
+
+
+class _failing:
+    """Turn whatever is raised inside into the case's reason."""
+
+    def __init__(self, case: _Case, reason: str) -> None:
+        self.case, self.reason = case, reason
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        if error is None:
+            return False
+        if isinstance(error, _Blocked):
+            self.case.reason = error.reason
+        elif isinstance(error, BudgetError):
+            self.case.reason = "budget_exceeded"
+        elif isinstance(error, Exception | SystemExit):
+            self.case.reason = self.reason
+        else:
+            return False
+        return True
+
+
+# Stages and scales
+
+
+def _stages(files: dict[str, bytes], pieces: dict[str, int]) -> tuple[Stage, Stage]:
+    from safety.classifier import Linear, Transformer
+
+    linear = Linear.load(files["linear.npz"])
+    return linear, Transformer(files["encoder.int8.onnx"], files["tokenizer.json"], **pieces)
+
+
+class _Scale:
+    """Platt's a and b of every output."""
+
+    def __init__(self, a: Sequence[float], b: Sequence[float]) -> None:
+        if not len(a) == len(b) == 1 + len(KEYS) or not all(map(math.isfinite, (*a, *b))) or a[0] <= 0:
+            raise ValueError("the calibration of a stage is of another length or not finite")
+        self.a, self.b = list(map(float, a)), list(map(float, b))
+
+    def sensitive(self, logits: Any) -> list[float]:
+        """Calibrated logits of column 0, float64."""
+        values: list[float] = (self.a[0] * logits[:, 0].astype("float64") + self.b[0]).tolist()
+        return values
+
+    def categories(self, row: Any) -> dict[str, float]:
+        return {key: _sigmoid(a * float(z) + b) for key, a, b, z in zip(KEYS, self.a[1:], self.b[1:], row[1:])}
+
+
+def _checked(logits: Any, count: int) -> Any:
+    import numpy as np
+
+    if not isinstance(logits, np.ndarray) or logits.shape != (count, 1 + len(KEYS)) or not np.isfinite(logits).all():
+        raise _Blocked("not_finite")
+    return logits
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+
+
+def _logit(probability: float) -> float:
+    if probability <= 0:
+        return -math.inf
+    return math.inf if probability >= 1 else math.log(probability / (1 - probability))

