@@ -270,8 +270,9 @@ def train_linear(rows: list[Row], config: LinearConfig, seed: int) -> Linear:
             return torch.optim.Adagrad(self.parameters(), lr=config.lr)
 
     model = Bag()
+    every: Any = range(len(rows))
     loader: Any = torch.utils.data.DataLoader(
-        list(range(len(rows))),  # type: ignore[arg-type]
+        every,
         config.batch_size,
         shuffle=True,
         collate_fn=collate,
@@ -433,11 +434,8 @@ def train_encoder(rows: list[Row], config: EncoderConfig, seed: int, run_dir: Pa
 
         def train_dataloader(self) -> Any:
             round_, part = divmod(self.current_epoch, SLICES)
-            return torch.utils.data.DataLoader(
-                list(range(len(encoded))),
-                batch_sampler=plans[round_][part::SLICES],
-                collate_fn=collate,  # type: ignore[arg-type]
-            )
+            every: Any = range(len(encoded))
+            return torch.utils.data.DataLoader(every, batch_sampler=plans[round_][part::SLICES], collate_fn=collate)
 
         def training_step(self, batch: tuple[torch.Tensor, ...], _: int) -> torch.Tensor:
             ids, inside, label, mask, weight = batch
