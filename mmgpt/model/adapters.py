@@ -46,3 +46,5 @@ def merge_lora(module: nn.Module) -> None:
             adapted.merge(safe_merge=True)
             parent_name, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent_name), child, adapted.get_base_layer())
+    # peft's note that there are adapters: it would warn of a second set when the next run adds its own.
+    module.__dict__.pop("peft_config", None)

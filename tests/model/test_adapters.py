@@ -1,6 +1,7 @@
 """Low-rank adapters: nothing changes at the start, and merging changes nothing at the end."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -44,6 +45,10 @@ def test_the_output_does_not_change_until_b_does_and_merging_keeps_it(family):
     merge_lora(model.language)
     merge_lora(model.vision)
     assert {name for name, _ in model.named_parameters()} == names
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Already found a .peft_config.")
+        add_lora(model.language, LORA)
+    merge_lora(model.language)
     torch.testing.assert_close(model(batch), adapted, atol=1e-4, rtol=1e-4)  # 5e-5 seen, by the order of fp32 sums
 
 
