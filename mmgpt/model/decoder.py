@@ -30,6 +30,7 @@ from mmgpt.model.products import Multiply
 Weights = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 GROWTH = 256  # positions the cache grows by
+REFINED = 16  # likeliest tokens whose logits are computed in fp32 where all others are in bf16
 SLACK_ROWS = 0.75  # finished rows are dropped once at most this share is left: copying the cache costs about one step
 
 
@@ -156,17 +157,20 @@ class LlamaDecoder(Decoder):
         self.embedding = language.get_input_embeddings().weight.detach()
         with torch.inference_mode(False), torch.no_grad():
             self.blocks = [self._block(layer, release) for layer in language.model.layers]
-            self.norm = language.model.norm.weight.detach().to(self.dtype)
-            self.head = self._matrix([language.lm_head], release and not config.tie_word_embeddings)
+            self.norm = language.model.norm.weight.detach().float()
+            self.head = self._matrix([language.lm_head], False)
+            # Without a bias, as all of these families are; one that has it keeps its rounded logits.
+            refined = self.dtype == torch.bfloat16 and language.lm_head.bias is None
+            self.rows = language.lm_head.weight.detach() if refined else None
         self.cos = self.sin = self.norm.new_empty(0, 1, self.width, dtype=self.cached)
 
     def _block(self, layer: Any, release: bool) -> Block:
         attention, mlp = layer.self_attn, layer.mlp
         return Block(
-            norm1=layer.input_layernorm.weight.detach().to(self.dtype),
+            norm1=layer.input_layernorm.weight.detach().float(),
             qkv=self._matrix([attention.q_proj, attention.k_proj, attention.v_proj], release),
             out=self._matrix([attention.o_proj], release),
-            norm2=layer.post_attention_layernorm.weight.detach().to(self.dtype),
+            norm2=layer.post_attention_layernorm.weight.detach().float(),
             gate_up=self._matrix([mlp.gate_proj, mlp.up_proj], release),
             down=self._matrix([mlp.down_proj], release),
         )
@@ -215,7 +219,7 @@ class LlamaDecoder(Decoder):
             mixed = F.scaled_dot_product_attention(query, keys, values, causal, is_causal=causal is None, scale=self.scale)
             return mixed.transpose(1, 2).reshape(rows * length, -1)
 
-        x = embeds.to(self.dtype).reshape(rows * length, hidden)
+        x = embeds.float().reshape(rows * length, hidden)
         x = self._run(x, positions, attend)
         return self._logits(x.view(rows, length, hidden)[:, -1]), cache
 
@@ -239,25 +243,34 @@ class LlamaDecoder(Decoder):
             query = qkv[:, :heads].view(shared)
             return attention(query, keys[layer], values[layer]).reshape(rows, -1)
 
-        x = F.embedding(ids, self.embedding).to(self.dtype)
+        x = F.embedding(ids, self.embedding).float()
         x = self._run(x, cache.length - cache.padding, attend)
         cache.length = end
         return self._logits(x)
 
     def _run(self, x: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
         """All layers over tokens x [N, H] at their positions [N]."""
+        # The sum over all layers is kept in fp32 whatever the products are in: rounding it to bf16 layer by layer is most of what
+        # sets bf16 apart.
         cos, sin = self._rotations(positions)
         half, hidden, eps, activation = self.width // 2, (x.shape[-1],), self.eps, self.activation
         for layer, block in enumerate(self.blocks):
-            qkv = block.qkv(F.rms_norm(x, hidden, block.norm1, eps)).to(self.cached).view(len(x), -1, self.width)
+            qkv = block.qkv(F.rms_norm(x, hidden, block.norm1, eps).to(self.dtype)).to(self.cached).view(len(x), -1, self.width)
             qkv = torch.addcmul(qkv * cos, qkv.roll(half, -1), sin)
             x = x + block.out(attend(layer, qkv).to(self.dtype))
-            gate, up = block.gate_up(F.rms_norm(x, hidden, block.norm2, eps)).chunk(2, -1)
+            gate, up = block.gate_up(F.rms_norm(x, hidden, block.norm2, eps).to(self.dtype)).chunk(2, -1)
             x = x + block.down(activation(gate).mul_(up))
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.head(F.rms_norm(x, (x.shape[-1],), self.norm, self.eps)).float()
+        x = F.rms_norm(x, (x.shape[-1],), self.norm, self.eps)
+        logits = self.head(x.to(self.dtype)).float()
+        if self.rows is not None:
+            # A logit of 20 in bf16 is known to the next eighth: those that a choice is made among are computed again.
+            likely = logits.topk(min(REFINED, logits.shape[-1]), sorted=False).indices
+            exact = torch.bmm(F.embedding(likely, self.rows).float(), x[:, :, None])[..., 0]
+            logits.scatter_(-1, likely, exact)
+        return logits
 
     def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Factors [N, heads + 2 K, D] for query, key and value heads alike: a value is turned by no angle.
