@@ -161,9 +161,13 @@ def load_calibration(folder: Path = WEIGHTS) -> dict[str, Any]:
 def scorer(stage: str, folder: Path = WEIGHTS) -> Scorer:
     """A function from texts to scores: of the whole filter, or of one stage on the normalised text alone."""
     if stage == "filter":
+        from mmgpt.errors import UserError
         from safety.filter import Filter
 
-        judge = Filter() if folder == WEIGHTS else Filter(weights=folder)
+        judge = Filter() if folder.resolve() == WEIGHTS.resolve() else Filter(weights=folder)
+        if judge.problem:
+            # It would block everything: figures of that say nothing about the weights.
+            raise UserError(f"the filter does not start with {folder}: {judge.problem}, {judge.detail}")
         return lambda texts: np.array([verdict.score for verdict in judge.check_batch(list(texts))], np.float64)
     from safety.classifier import Linear, Transformer
     from safety.normalize import normalize

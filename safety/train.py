@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import sys
 import time
 import warnings
@@ -31,6 +32,7 @@ from mmgpt.errors import UsageError, UserError, run_cli
 from safety import calibrate, card, sources, weights
 from safety.classifier import Linear, Transformer, features
 from safety.evaluate import auroc, ece
+from safety.filter import CANARIES
 from safety.sources import Row
 from safety.taxonomy import KEYS
 
@@ -619,6 +621,9 @@ def execute(config: Config) -> Path:
     (target / weights.CALIBRATION).write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
     weights.seal(target)
     size = sum((target / name).stat().st_size for name in (*weights.FILES, weights.CALIBRATION))
+    if target.resolve() != weights.FOLDER.resolve() and config.data.tests:
+        # A folder of weights beside the shipped one has its own canaries.
+        shutil.copyfile(CANARIES, target / CANARIES.name)
     say(f"thresholds {json.dumps(calibration['thresholds'])}; {size / 1e6:.1f} MB")
     if size > LIMIT:
         raise UserError(f"the weights take {size:,} bytes, {LIMIT:,} are allowed: lower encoder.vocabulary or linear.bits")

@@ -137,3 +137,13 @@ def test_missing_weights_and_bad_lines_are_messages(folder: Path, tmp_path: Path
     bad.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 2}\n')
     assert run_cli(lambda: evaluate.main([str(bad), "--weights", str(folder)])) == 1
     assert "bad.jsonl:2: `label` must be 1" in capsys.readouterr().err
+
+
+def test_a_filter_that_blocks_everything_is_not_measured(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "canaries.jsonl").unlink()
+    with pytest.raises(UserError, match="canary_failed"):
+        evaluate.main([str(prompts), "--weights", str(broken)])
