@@ -28,7 +28,9 @@ def write_report(
     Returns:
         The example pictures.
     """
-    plot_metrics(folder)
+    smoothing = config.optimizer.label_smoothing
+    # Otherwise the validation loss, which is not smoothed, would seem to be the better one for no reason.
+    plot_metrics(folder, note=f"training loss: of targets smoothed by {smoothing:g}" if smoothing else "")
     answered = [sample for sample in samples if isinstance(sample, Answered)]
     pictures: list[Path] = []
     lines = [f"# {folder.name}", ""]
@@ -99,8 +101,8 @@ TOKEN_PLOTS: Plots = {
 }
 
 
-def plot_metrics(folder: Path, plots: Plots = TOKEN_PLOTS) -> None:
-    """Curves of metrics.csv: loss.png and accuracy.png, training and validation."""
+def plot_metrics(folder: Path, plots: Plots = TOKEN_PLOTS, *, note: str = "") -> None:
+    """Curves of metrics.csv: loss.png and accuracy.png, training and validation; `note` stands above loss.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +123,8 @@ def plot_metrics(folder: Path, plots: Plots = TOKEN_PLOTS) -> None:
             else:
                 axes.plot(steps, values, alpha=0.25, color="tab:blue")
                 axes.plot(steps, _smooth(values, reach=min(10, len(values) // 20)), color="tab:blue", label="training, smoothed")
-        axes.set(xlabel="optimizer step", ylabel=title, title=folder.name)
+        heading = f"{folder.name}\n{note}" if note and name == "loss.png" else folder.name
+        axes.set(xlabel="optimizer step", ylabel=title, title=heading)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         if name == "accuracy.png":
