@@ -275,44 +275,45 @@ def chat(asker: Asker, images: list[Any]) -> None:
     print(f"{asker.model_path}; /help lists the commands", file=sys.stderr)
     messages: list[Message] = []
     while True:
+        # Ctrl-C may come anywhere between two questions, not only while one is typed.
         try:
-            line = input("> ").strip()
-        except EOFError:
-            print()
-            return
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            command, _, argument = line.partition(" ")
+            if command == "/quit":
+                return
+            if command == "/help":
+                print(CHAT_HELP, file=sys.stderr)
+            elif command == "/reset":
+                messages, images = [], []
+                print("the conversation is forgotten", file=sys.stderr)
+            elif command == "/image":
+                _attach(asker, argument, images)
+            elif line.startswith("/") and " " not in line and "/" not in line[1:]:
+                print(f"there is no command {line}; /help lists them", file=sys.stderr)
+            elif line or images:
+                turn = [*messages, user(line or DESCRIBE, images)]
+                answer = Answer()
+                try:
+                    asker.ask(turn, _show, answer)
+                except KeyboardInterrupt:
+                    print(" (stopped)", end="", file=sys.stderr)
+                except GateError:
+                    raise
+                except UserError as error:
+                    print(f"error: {error}", file=sys.stderr)
+                    continue
+                finally:
+                    if answer.text:
+                        _show("\n")
+                # A refused question leaves the conversation, or the gate would refuse all that follow it.
+                if answer.text and answer.refusal is None:
+                    messages, images = [*turn, assistant(answer.text)], []
         except KeyboardInterrupt:
             print("\n/quit or Ctrl-D leaves", file=sys.stderr)
-            continue
-        command, _, argument = line.partition(" ")
-        if command == "/quit":
-            return
-        if command == "/help":
-            print(CHAT_HELP, file=sys.stderr)
-        elif command == "/reset":
-            messages, images = [], []
-            print("the conversation is forgotten", file=sys.stderr)
-        elif command == "/image":
-            _attach(asker, argument, images)
-        elif line.startswith("/") and " " not in line and "/" not in line[1:]:
-            print(f"there is no command {line}; /help lists them", file=sys.stderr)
-        elif line or images:
-            turn = [*messages, user(line or DESCRIBE, images)]
-            answer = Answer()
-            try:
-                asker.ask(turn, _show, answer)
-            except KeyboardInterrupt:
-                print(" (stopped)", end="", file=sys.stderr)
-            except GateError:
-                raise
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                continue
-            finally:
-                if answer.text:
-                    _show("\n")
-            # A refused question leaves the conversation, or the gate would refuse all that follow it.
-            if answer.text and answer.refusal is None:
-                messages, images = [*turn, assistant(answer.text)], []
 
 
 def _attach(asker: Asker, argument: str, images: list[Any]) -> None:
