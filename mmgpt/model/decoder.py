@@ -54,7 +54,7 @@ class Decoder(ABC):
             language: `LlamaForCausalLM`, `GPT2LMHeadModel`, ...
             weights: Number format of the matrices.
             release: Drop the matrices of `language` that the decoder keeps in another format. The module can then
-                neither run, train nor be saved; only its embedding stays.
+                neither run, train nor be saved; only its embedding and its output matrix stay.
 
         Raises:
             UsageError: the format is unknown, or not possible for this model or on this machine.
