@@ -150,9 +150,9 @@ def explain(message: str, keys: list[str]) -> str:
             name = f"{within[1]}.{name}"
         # Of several keys with one last word, the first: trainer.epochs rather than ppo.epochs.
         leaves = {key.split(".")[-1]: key for key in reversed(keys)}
-        near = difflib.get_close_matches(name, keys, 1) or [
-            leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], list(leaves), 1)
-        ]
+        last = name.split(".")[-1]
+        near = [leaves[name]] if name in leaves else difflib.get_close_matches(name, keys, 1)
+        near = near or [leaves[leaf] for leaf in difflib.get_close_matches(last, list(leaves), 1)]
         return f"unknown key {name}" + (f": did you mean {near[0]}?" if near else "") + " (--print_config shows every key)"
     # jsonargparse indents its explanation; the first lines say what and where, the rest repeats the type. In a choice of
     # types, what is wrong comes after a list of them.

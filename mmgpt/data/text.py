@@ -1,6 +1,7 @@
 """Plain text to learn from as a language model does: every token is supervised, documents end with the end token.
 
-    .txt (one document a file), .jsonl / .json (.gz) with `text`, folders of these; any other source as the conversations it holds
+    .txt and .md (one document a file), folders of them; rows with `text` (JSON lines, parquet, `datasets`); any other source as
+    the conversations that it holds
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING
 from mmgpt.config import SourceConfig
 from mmgpt.data.loader import Item
 from mmgpt.data.messages import MessageError, Rejected, Sample, normalize
-from mmgpt.data.readers import IMAGE_SUFFIXES, JSON_SUFFIXES, expand, json_records
+from mmgpt.data.readers import IMAGE_SUFFIXES, Row, expand
 from mmgpt.data.rejections import RejectionReport
-from mmgpt.data.sources import check_counts, read_source
+from mmgpt.data.sources import MADE_UP, check_counts, read_rows, read_source
 from mmgpt.data.template import Encoded
 
 if TYPE_CHECKING:
@@ -42,34 +43,42 @@ def read_documents(source: SourceConfig) -> Iterator[tuple[str, str] | Rejected]
 
 
 def holds_text(source: SourceConfig) -> bool:
-    """Whether a source is plain text: by its files' names, or, for JSON lines, by its first row."""
+    """Whether a source is plain text: by its files' names, or by its first row.
+
+    Raises:
+        UsageError: there is no such source.
+    """
     path = os.path.expanduser(source.path)
-    if os.path.isdir(path):
-        names = [file.name.lower() for file in Path(path).rglob("*")]
-        # Text beside pictures is their captions.
-        return any(name.endswith(TEXT_SUFFIXES) for name in names) and not any(name.endswith(IMAGE_SUFFIXES) for name in names)
-    if path.lower().endswith(TEXT_SUFFIXES):
+    if _has_text_files(path):
         return True
-    if path.lower().endswith(JSON_SUFFIXES) and os.path.isfile(path):
-        first = next((record for _, record in json_records(Path(path)) if isinstance(record, dict)), {})
-        return isinstance(first.get(source.text_column or "text"), str) and "messages" not in first
-    return False
+    if source.path in MADE_UP and not os.path.exists(path):
+        return False
+    first = next((row for row in read_rows(source) if isinstance(row, Row)), None)
+    if first is None or first.images or first.fields.get("messages") is not None:
+        return False
+    return isinstance(first.fields.get(source.text_column or "text"), str)
+
+
+def _has_text_files(path: str) -> bool:
+    if not os.path.isdir(path):
+        return path.lower().endswith(TEXT_SUFFIXES)
+    names = [file.name.lower() for file in Path(path).rglob("*")]
+    # Text beside pictures is their captions.
+    return any(name.endswith(TEXT_SUFFIXES) for name in names) and not any(name.endswith(IMAGE_SUFFIXES) for name in names)
 
 
 def _documents(source: SourceConfig) -> Iterator[tuple[str, str] | Rejected]:
-    path = os.path.expanduser(source.path)
-    if path.lower().endswith(JSON_SUFFIXES):
-        column = source.text_column or "text"
-        for file in expand(path, JSON_SUFFIXES):
-            for where, record in json_records(file):
-                if isinstance(record, Rejected):
-                    yield record
-                elif not isinstance(record, dict) or not isinstance(record.get(column), str):
-                    yield Rejected("no_text", where, f"no text under {column!r}")
-                elif not record[column].strip():
-                    yield Rejected("empty_text", where, f"{column!r} is empty")
-                else:
-                    yield record[column], where
+    path, column = os.path.expanduser(source.path), source.text_column or "text"
+    if not _has_text_files(path):
+        for row in read_rows(source):
+            if isinstance(row, Rejected):
+                yield row
+            elif not isinstance(row.fields.get(column), str):
+                yield Rejected("no_text", row.where, f"no text under {column!r}")
+            elif not row.fields[column].strip():
+                yield Rejected("empty_text", row.where, f"{column!r} is empty")
+            else:
+                yield row.fields[column], row.where
         return
     for file in expand(path, TEXT_SUFFIXES):
         try:
