@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mmgpt.errors import UsageError
 
-Stage = Literal["align", "instruct", "reward", "ppo"]
+Stage = Literal["align", "instruct", "reward", "ppo", "preference"]
 
 
 @dataclass
@@ -299,6 +299,20 @@ class RewardConfig:
 
 
 @dataclass
+class PreferenceConfig:
+    """What the stage `preference` (DPO) is told.
+
+    Args:
+        beta: Weight of staying near the model that the run begins with: the smaller, the further the policy may go.
+        supervised: Weight of the preferred answers' own loss, per token. DPO asks for a difference alone, and may lower both
+            answers in favour of text that is neither; this keeps the preferred ones likely (Pang et al. 2024, equation 2).
+    """
+
+    beta: float = 0.1
+    supervised: float = 0.0
+
+
+@dataclass
 class PtxConfig:
     """The pretraining mix of PPO-ptx (Ouyang et al. 2022, equation 2).
 
@@ -387,7 +401,8 @@ class RunConfig:
 
     Args:
         stage: The objective: `align` trains the projector alone, `instruct` whatever has a learning rate; `reward` learns from
-            preferences to score answers; `ppo` improves a policy against a reward.
+            preferences to score answers, `preference` (DPO) to give those that are preferred; `ppo` improves a policy against a
+            reward.
         run_dir: Where everything goes; must not hold another run unless `resume` is set.
         first: Configurations (by name or file) of runs that this one stands on; each is run unless its model is there already.
         model: The model.
@@ -396,6 +411,7 @@ class RunConfig:
         trainer: The loop.
         evaluate: What is measured.
         reward: The reward model.
+        preference: Direct preference optimisation.
         ppo: The policy's training against a reward.
         export: `trained` stores what the run changed and names the rest; `all` stores every weight in one file.
         overwrite: Replace a finished run in `run_dir`.
@@ -412,6 +428,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     ppo: PpoConfig = field(default_factory=PpoConfig)
     export: Literal["trained", "all"] = "trained"
     overwrite: bool = False
@@ -460,6 +477,8 @@ LIMITS: dict[str, tuple[float, float]] = {
         ),
         _FROM_ONE,
     ),
+    "preference.beta": _ABOVE_ZERO,
+    "preference.supervised": _FROM_ZERO,
     "ppo.ptx.length": (2, math.inf),
     **dict.fromkeys((f"ppo.{key}" for key in ("temperature", "kl_target", "clip", "value_clip", "max_kl")), _ABOVE_ZERO),
     **dict.fromkeys((f"ppo.{key}" for key in ("beta", "value_coefficient", "warmup", "ptx.coefficient")), _FROM_ZERO),

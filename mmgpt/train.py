@@ -214,10 +214,10 @@ def runs_before(config: RunConfig, seen: tuple[str, ...] = ()) -> list[RunConfig
 
 def make_run(config: RunConfig) -> Run:
     """The run of a configuration's stage."""
-    if config.stage == "reward":
-        from mmgpt.run_reward import RewardRun
+    if config.stage in ("reward", "preference"):
+        from mmgpt.run_reward import PreferenceRun, RewardRun
 
-        return RewardRun(config)
+        return (RewardRun if config.stage == "reward" else PreferenceRun)(config)
     if config.stage == "ppo":
         from mmgpt.run_ppo import PpoRun
 

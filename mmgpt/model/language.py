@@ -197,6 +197,11 @@ def hidden_states(
     return base(inputs_embeds=embeds, position_ids=position_ids, attention_mask=masks, use_cache=False).last_hidden_state
 
 
+def shares_prompts(language: PreTrainedModel) -> bool:
+    """Whether answers in one row may share their prompt: a sliding window counts places in a row, not positions."""
+    return getattr(language.config, "sliding_window", None) is None
+
+
 def _layer_masks(config: Any, mask: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
     """The mask as each kind of layer needs it: transformers narrows only masks of its own making to a sliding window."""
     window = getattr(config, "sliding_window", None)
