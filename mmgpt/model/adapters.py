@@ -45,7 +45,12 @@ def merge_lora(module: nn.Module) -> None:
     for name, layer in list(module.named_modules()):
         if isinstance(layer, LoraLayer):
             adapted: Any = layer
+            weight = adapted.get_base_layer().weight
+            kept = weight.dtype
+            # Added up in single precision, and rounded once.
+            weight.data = weight.data.float()
             adapted.merge(safe_merge=True)
+            weight.data = weight.data.to(kept)
             parent_name, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent_name), child, adapted.get_base_layer())
     # peft's note that there are adapters: it would warn of a second set when the next run adds its own.
