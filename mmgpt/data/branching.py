@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from mmgpt.config import DataConfig
-from mmgpt.data.features import ImageSource, Prepared, merge_prepared
-from mmgpt.data.loader import BatchLoader
+from mmgpt.data.features import ImageSource, merge_prepared
+from mmgpt.data.loader import BatchLoader, open_images
 from mmgpt.data.messages import Rejected
 from mmgpt.data.packing import Batch, block_mask
 from mmgpt.data.preferences import RankedItem
 from mmgpt.data.rejections import RejectionReport
-from mmgpt.errors import UserError
 
 
 @dataclass
@@ -198,23 +197,10 @@ class PreferenceLoader(BatchLoader):
     def collate(
         self, rows: Sequence[Sequence[RankedItem]], rng: random.Random, divisor: int
     ) -> tuple[PreferenceBatch, list[Rejected]]:
-        kept: list[list[RankedItem]] = []
-        prepared: list[Prepared] = []
-        rejected: list[Rejected] = []
-        for row in rows:
-            usable = []
-            for item in row:
-                try:
-                    if item.images and self.images is not None:
-                        opened = self.images.prepare(item.images, rng)
-                        prepared += [opened] * (1 if self.share else len(item.branches))
-                except UserError as error:
-                    reason = getattr(error, "reason", "broken_image")
-                    rejected.append(Rejected(reason, item.preference.where, str(error)))
-                else:
-                    usable.append(item)
-            if usable:
-                kept.append(usable)
+        kept, opened, rejected = open_images(rows, self.images, rng, lambda item: (item.images, item.preference.where))
         batch = collate_answers(kept, self.pad_id, share=self.share, prompts=divisor)
-        batch.images = merge_prepared(prepared)
+        # An answer in a row of its own has its own copy of the prompt's images.
+        pairs = zip((item for row in kept for item in row), opened)
+        copies = [(part, 1 if self.share else len(item.branches)) for item, part in pairs if part is not None]
+        batch.images = merge_prepared([part for part, count in copies for _ in range(count)])
         return batch, rejected
