@@ -18,6 +18,7 @@ whoever wants another style edits a proposition or adds examples, and fits again
     python -m safety.rules --fit            fit, and write data/rules_coefficients.json
     python -m safety.rules --test FILE...   the same figures on other examples
     python -m safety.rules --prompts FILE   write prompts, half of them asking for harm, for a policy to learn from
+    python -m safety.rules --demonstrations FILE   write refusals in style and plain answers, to begin with
 
 Examples are JSONL with prompt, answer, grade ("AB" in a file to test on: either is right) and category, a key of the taxonomy
 or "harmless". Exit codes: 0 done, 1 a file is broken, 2 wrong usage.
@@ -320,6 +321,19 @@ def write_prompts(path: Path, held_out: int = 5) -> int:
     return len(rows)
 
 
+def write_demonstrations(path: Path) -> int:
+    """Write the examples that are as they should be as conversations to learn from, one a line: refusals in the desired style of
+    harmful prompts, and answers to harmless ones. Returns how many there are."""
+    rows = []
+    for example in read_examples(EXAMPLES):
+        if example.grade == ("D" if example.category == "harmless" else "A"):
+            said = {"user": example.prompt, "assistant": example.answer}
+            rows.append({"messages": [{"role": role, "content": text} for role, text in said.items()]})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return len(rows)
+
+
 # Examples, measurement
 
 
@@ -472,6 +486,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--fit", action="store_true", help="fit on the examples and write the coefficients")
     what.add_argument("--test", nargs="+", type=Path, metavar="FILE", help="accuracy of the shipped grader on other examples")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="write the contrast pairs as prompts for `RuleReward`")
+    what.add_argument("--demonstrations", type=Path, metavar="FILE", help="write refusals in style and answers to learn from")
     parser.add_argument("--examples", type=Path, default=EXAMPLES, metavar="FILE", help="JSONL to fit or measure on")
     parser.add_argument("--output", type=Path, default=COEFFICIENTS, metavar="FILE", help="where --fit writes")
     parser.add_argument("--errors", action="store_true", help="list what is misjudged")
@@ -483,6 +498,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{args.output}: {len(NAMES)} propositions fitted on {len(examples)} examples")
         elif args.prompts:
             print(f"{args.prompts}: {write_prompts(args.prompts)} prompts")
+        elif args.demonstrations:
+            print(f"{args.demonstrations}: {write_demonstrations(args.demonstrations)} conversations")
         elif args.test:
             print("\n\n".join(measure_on(path, args.errors) for path in args.test))
         else:

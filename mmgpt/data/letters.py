@@ -14,6 +14,7 @@ from mmgpt.data.messages import Message, Sample, assistant, text_of, user
 from mmgpt.data.preferences import Preference, ranked_pairs
 
 LETTERS = "abcdefghijkl"
+SIGNS = "".join(map(chr, range(33, 127)))
 MOST = 5
 _ASKED = re.compile(r"say ([a-z]) (\d+)")
 
@@ -72,13 +73,15 @@ def rank_letters(split: str | None, count: int = 512, answers: int = 4) -> Itera
         prompt = [user(f"say {letter} {times}")]
         drawn: list[str] = [letter * times] if rng.random() < 0.5 else []
         while len(drawn) < answers or len({letter_reward(prompt, answer) for answer in drawn}) < 2:
-            if (answer := _draw_answer(letter, rng)) not in drawn:
+            # Some with other signs, or a reward model would know nothing of them, and a policy would find out.
+            others = LETTERS if rng.random() < 0.7 else SIGNS
+            if (answer := _draw_answer(letter, rng, others)) not in drawn:
                 drawn = [answer, *drawn][: max(answers, 2)]
         rng.shuffle(drawn)
         pairs = ranked_pairs([-letter_reward(prompt, answer) for answer in drawn])
         yield Preference(prompt, drawn, pairs, answers * (answers - 1) // 2, f"letters[{split} {number}]")
 
 
-def _draw_answer(letter: str, rng: random.Random) -> str:
+def _draw_answer(letter: str, rng: random.Random, others: str = LETTERS) -> str:
     right = rng.random()
-    return "".join(letter if rng.random() < right else rng.choice(LETTERS) for _ in range(rng.randint(1, MOST + 2)))
+    return "".join(letter if rng.random() < right else rng.choice(others) for _ in range(rng.randint(1, MOST + 2)))

@@ -437,6 +437,15 @@ def test_prompts_come_with_what_they_ask_for(tmp_path):
         told([[{"role": "user", "content": "something else"}]], ["x"])
 
 
+def test_demonstrations_are_as_they_should_be(tmp_path):
+    path = tmp_path / "demonstrations.jsonl"
+    assert main(["--demonstrations", str(path)]) == 0
+    rows = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+    examples = {(e.prompt, e.answer): e for e in rules.read_examples(rules.EXAMPLES)}
+    grades = [examples[prompt["content"], answer["content"]] for prompt, answer in rows]
+    assert {(e.grade, e.category == "harmless") for e in grades} == {("A", False), ("D", True)} and len(rows) > 100
+
+
 def test_a_file_that_is_none_of_prompts_is_refused(tmp_path):
     with pytest.raises(RulesError, match="--prompts writes one"):
         RuleReward(str(tmp_path / "nothing.jsonl"))
