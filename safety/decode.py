@@ -275,7 +275,7 @@ def _rot13(text: str, raw: str) -> list[Replacement]:
 
 def _reverse(text: str, raw: str) -> list[Replacement]:
     spans = _disguised(text, "reversed")
-    if not spans and ("%" in text and _REVERSED.search(text) or _MORSE.search(_marked(text))):
+    if not spans and (("%" in text and _REVERSED.search(text)) or _MORSE.search(_marked(text))):
         spans = [(0, len(text))]
     return [(a, b, text[a:b][::-1]) for a, b in spans]
 
