@@ -17,43 +17,12 @@ from safety.classifier import Linear, features
 
 ALWAYS = re.compile("")
 # Pieces that come near to what the decoders look for, and of which a few together are it.
-pieces = st.sampled_from(
-    [
-        *".-_ /|%=&\\+*~^`<>#\"'!@$0134578",
-        "01",
-        "68",
-        "0a",
-        "nn",
-        "op",
-        "no",
-        "%41",
-        "%7",
-        "69%",
-        "ab",
-        "de",
-        "\\x41",
-        "aGVsbG8g",
-        "bomb",
-    ]
-    + [
-        "how to ",
-        "ubj gb ",
-        "woh ot ",
-        "word",
-        "64 6f 6d ",
-        "104 111 119 ",
-        "01101000",
-        "\n",
-        "é",
-        "−",
-        "—",
-        "•",
-        "\u200b",
-        ".-",
-        "... ",
-    ]
+PIECES = (
+    *".-_ /|%=&\\+*~^`<>#\"'!@$0134578",
+    *("01", "68", "0a", "nn", "op", "no", "%41", "%7", "69%", "ab", "de", "\\x41", "aGVsbG8g", "bomb", "how to ", "ubj gb "),
+    *("woh ot ", "word", "64 6f 6d ", "104 111 119 ", "01101000", "\n", "é", "−", "—", "•", "\u200b", ".-", "... "),
 )
-texts = st.lists(pieces, max_size=40).map("".join)
+texts = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
 
 
 @pytest.mark.parametrize("guard", ["_DIGIT", "_ANY_MARK", "_LEET_DIGIT", "_TURNED_RUN"])
@@ -83,6 +52,7 @@ def test_the_tests_tell(guard: str, inside: str, outside: str) -> None:
 
 @given(texts)
 @example("_... ___ ...")
+@example(". - . _")
 @example("•−• — • •")
 def test_morse_is_looked_for_wherever_it_can_be(text: str) -> None:
     marks = str.maketrans("•·●–—_−", "...----")
@@ -90,11 +60,10 @@ def test_morse_is_looked_for_wherever_it_can_be(text: str) -> None:
     assert [match.span() for match in decode._MORSE.finditer(decode._marked(text))] == matches
 
 
-@given(
-    st.lists(st.sampled_from([*"abzAZ09_ -.'", "é", "ж", "о", "а", "Н", "²", "ª", "漢", "ß", "ⓐ", "\n"]), max_size=30).map(
-        "".join
-    )
-)
+LETTERS = [*"abzAZ09_ -.'", "é", "ж", "о", "а", "Н", "²", "ª", "漢", "ß", "ⓐ", "\n"]
+
+
+@given(st.lists(st.sampled_from(LETTERS), max_size=30).map("".join))
 def test_words_of_ascii_are_passed_over(text: str) -> None:
     plain = text.translate(characters._PLAIN)
     slow = re.sub(r"[^\W\d_]+", lambda word: word[0] if word[0].isascii() else characters._latin(word), plain)
