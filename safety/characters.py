@@ -17,6 +17,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_right
+from collections.abc import Callable
+from itertools import accumulate
 
 # Pairs "look-alike, Latin letter". Exact ones also count in a word that has no Latin letter at all.
 _EXACT = (
@@ -70,6 +73,8 @@ _SPECIAL = {
 
 def _plain(char: str) -> str:
     """One character as plain text."""
+    if "\u3400" <= char <= "\u9fff" or "\U00020000" <= char <= "\U0002f7ff":
+        return char  # Chinese: the most of all characters, and none of them is another form of one
     found = _SPECIAL.get(char)
     if found is not None:
         return found
@@ -113,7 +118,8 @@ def _small(char: str) -> str:
 _PLAIN = _Table(_plain)
 _SMALL = _Table(_small)
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
-_LETTERS = re.compile(r"[^\W\d_]+")
+# Letters in a row of which one is not ASCII; looked at only from the first one on, or time would grow with the square.
+_FOREIGN = re.compile(r"(?<![^\W\d_])[A-Za-z]*+[^\W\d_A-Za-z][^\W\d_]*+")
 
 
 def clean(text: str) -> str:
@@ -121,7 +127,7 @@ def clean(text: str) -> str:
     if text.isascii():
         return text.translate(_PLAIN) if _CONTROL.search(text) else text
     text = text.translate(_PLAIN)
-    return text if text.isascii() else _LETTERS.sub(_latin, text)
+    return text if text.isascii() else _FOREIGN.sub(_latin, text)
 
 
 def small(text: str) -> str:
@@ -150,10 +156,43 @@ def small_lengths(text: str) -> list[int]:
     return [len(_SMALL[ord(char)]) for char in text]
 
 
+CHUNK = 4096
+"""Characters that are mapped at once to find where one came from, instead of a list of all lengths."""
+
+
+def before_clean(text: str, start: int, end: int) -> tuple[int, int]:
+    """From a span of `clean(text)` to the span of the characters of `text` that became it."""
+    return _before(_PLAIN, lengths, text, start, end)
+
+
+def before_small(text: str, start: int, end: int) -> tuple[int, int]:
+    """From a span of `small(text)` to the span of the characters of the clean `text` that became it."""
+    return _before(_SMALL, small_lengths, text, start, end)
+
+
+_Lengths = Callable[[str], list[int]]
+
+
+def _before(table: _Table, count: _Lengths, text: str, start: int, end: int) -> tuple[int, int]:
+    first = _source(table, count, text, start)
+    last = first if end <= start + 1 else _source(table, count, text, end - 1)
+    return min(first, len(text)), min(last + 1, len(text))
+
+
+def _source(table: _Table, count: _Lengths, text: str, place: int) -> int:
+    """The character of `text` that became the one at `place`; len(text) where there is none."""
+    for chunk in range(0, len(text), CHUNK):
+        part = text[chunk : chunk + CHUNK]
+        size = len(part.translate(table))
+        if place < size:
+            # What became nothing is passed over: the first whose end lies behind the place.
+            return chunk + bisect_right(list(accumulate(count(part))), place)
+        place -= size
+    return len(text)
+
+
 def _latin(match: re.Match[str]) -> str:
     word = match[0]
-    if word.isascii():
-        return word
     if any(char.isascii() for char in word):
         return word.translate(_LATIN_TABLE)
     return word.translate(_LATIN_TABLE) if all(char in _EXACT_LATIN for char in word) else word

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 ORDERS = (3, 4, 5)  # of the character n-grams, in bytes
-BATCH_BYTES = 1 << 18  # of text that is hashed at once
+BATCH_BYTES = 1 << 14  # of text that is hashed at once: what is worked on stays in the processor's second cache
 # Odd constants with well-mixed bits: 2^64 / golden ratio, and the two of splitmix64's finaliser (Steele et al. 2014).
 BASE, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _INVERSE = pow(BASE, -1, 1 << 64)
@@ -59,17 +60,24 @@ class Linear:
         out = np.empty((len(texts), self.weight.shape[1]), np.float32)
         at = 0
         for batch in _batches(texts):
-            sums = np.zeros((len(batch), self.weight.shape[1]), np.int64)
-            count = np.zeros(len(batch), np.int64)
-            for index, offsets in features(batch, self.bits):
-                running = np.zeros((len(index) + 1, self.weight.shape[1]), np.int32)
-                np.cumsum(self.weight[index], axis=0, dtype=np.int32, out=running[1:])
-                sums += running[offsets[1:]] - running[offsets[:-1]]
-                count += np.diff(offsets)
+            index, kinds = _hashed(batch, self.bits)
+            count = np.sum([np.diff(offsets) for _, offsets in kinds], axis=0)
+            ends = np.concatenate([start + offsets[1:] for start, offsets in kinds])
+            rows = _sums(self.weight.take(index, axis=0), np.concatenate([[0], ends]))
+            sums = rows.reshape(len(kinds), len(batch), -1).sum(axis=0)
             norm = np.sqrt(np.maximum(count, 1)).astype(np.float32)[:, None]
             out[at : at + len(batch)] = self.bias + self.scale * (sums.astype(np.float32) / norm)
             at += len(batch)
         return out
+
+
+def _sums(rows: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Sums int64 [N, K] of int8 rows [M, K], those of text n at offsets[n] : offsets[n + 1]."""
+    sums = np.zeros((len(offsets) - 1, rows.shape[1]), np.int64)
+    some = np.flatnonzero(offsets[1:] > offsets[:-1])  # `reduceat` gives a row, not 0, where there is none
+    if len(some):
+        sums[some] = np.add.reduceat(rows, offsets[some], axis=0, dtype=np.int64)
+    return sums
 
 
 def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -92,52 +100,85 @@ def features(texts: Sequence[str], bits: int) -> Iterator[tuple[np.ndarray, np.n
     Yields:
         For each kind, rows int64 [M] of the table, those of text n at offsets[n] : offsets[n + 1].
     """
+    index, kinds = _hashed(texts, bits)
+    for start, offsets in kinds:
+        yield index[start : start + offsets[-1]], offsets
+
+
+def _hashed(texts: Sequence[str], bits: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    """`features`, all kinds in one array: it, and where each kind begins in it with its offsets."""
     encoded = [b" " + text.lower().encode("utf-8", "surrogatepass") + b" " for text in texts]
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     data = np.frombuffer(b"".join(encoded), np.uint8)
     size = len(data)
-    powers = _powers(BASE, size)
     running = np.zeros(size + 1, np.uint64)
-    np.cumsum(data.astype(np.uint64) * powers[:size], out=running[1:])
+    np.cumsum(data * _powers(BASE, size), out=running[1:])
     inverse = _powers(_INVERSE, size)
+    found: list[tuple[np.ndarray, np.ndarray]] = []
 
     for order in ORDERS:
+        hashes = (running[order:] - running[:-order]) * inverse[: max(size + 1 - order, 0)]
         # The n-grams that start in text n and end in it: the last order - 1 starts of every text are left out.
-        counts = np.maximum(lengths - order + 1, 0)
-        ends = np.concatenate([[0], np.cumsum(counts)])
-        starts = np.arange(ends[-1]) + np.repeat(offsets[:-1] - ends[:-1], counts)
-        yield _cut((running[starts + order] - running[starts]) * inverse[starts], order, bits), ends
+        ends = np.concatenate([[0], np.cumsum(np.maximum(lengths - order + 1, 0))])
+        if len(texts) > 1:
+            whole = np.ones(size, bool)
+            for back in range(1, order):
+                whole[np.maximum(offsets[1:-1] - back, offsets[:-2])] = False
+            hashes = hashes[whole[: len(hashes)]]
+        found.append((hashes + _kind(order), ends))
 
     inside = _WORD[data]
     change = np.flatnonzero(inside[1:] != inside[:-1]) + 1  # texts begin and end with a blank
     first, last = change[::2], change[1::2]
     words = (running[last] - running[first]) * inverse[first]
     ends = np.searchsorted(first, offsets)
-    yield _cut(words, 101, bits), ends
+    found.append((words + _kind(101), ends))
 
-    owner = np.searchsorted(offsets, first, side="right")
-    together = owner[1:] == owner[:-1]
-    pairs = words[:-1] * np.uint64(MIX1) + words[1:]
-    ends = np.concatenate([[0], np.cumsum(together)])[np.maximum(np.searchsorted(first, offsets) - 1, 0)] if len(first) else ends
-    yield _cut(pairs[together], 202, bits), ends
+    # A pair belongs to the text of both of its words.
+    pairs = words[:-1] * _MIX1 + words[1:]
+    if len(texts) > 1:
+        owner = np.searchsorted(offsets, first, side="right")
+        pairs = pairs[owner[1:] == owner[:-1]]
+    counts = np.maximum(np.diff(ends) - 1, 0)
+    found.append((pairs + _kind(202), np.concatenate([[0], np.cumsum(counts)])))
+
+    starts = np.cumsum([0, *(len(hashes) for hashes, _ in found)]).tolist()
+    index = _mixed(np.concatenate([hashes for hashes, _ in found]), bits)
+    return index, [(start, ends) for start, (_, ends) in zip(starts, found)]
 
 
 _WORD = np.array([chr(i).isalnum() or i >= 0x80 or i == ord("'") for i in range(256)])
 
 
 def _powers(base: int, size: int) -> np.ndarray:
-    out = np.full(size, base, np.uint64)
+    """base^0 to base^(size - 1) modulo 2^64."""
+    return _many_powers(base, max(size - 1, 4095).bit_length())[:size]
+
+
+@lru_cache(maxsize=4)
+def _many_powers(base: int, bits: int) -> np.ndarray:
+    out = np.full(1 << bits, base, np.uint64)
     out[:1] = 1
     return np.multiply.accumulate(out)
 
 
-def _cut(hashes: np.ndarray, kind: int, bits: int) -> np.ndarray:
+def _kind(number: int) -> np.uint64:
+    """What is added to the hashes of a kind, so that equal bytes of two kinds are two features."""
+    return np.uint64(number * BASE & 0xFFFFFFFFFFFFFFFF)
+
+
+_MIX1, _MIX2, _UPPER, _MIDDLE = np.uint64(MIX1), np.uint64(MIX2), np.uint64(30), np.uint64(27)
+
+
+def _mixed(hashes: np.ndarray, bits: int) -> np.ndarray:
     """splitmix64's finaliser, then the upper bits: a polynomial hash alone leaves the low bits of short n-grams poor."""
-    mixed = hashes + np.uint64(kind * BASE & 0xFFFFFFFFFFFFFFFF)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(MIX1)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(MIX2)
-    return (mixed >> np.uint64(64 - bits)).astype(np.int64)
+    hashes ^= hashes >> _UPPER
+    hashes *= _MIX1
+    hashes ^= hashes >> _MIDDLE
+    hashes *= _MIX2
+    hashes >>= np.uint64(64 - bits)
+    return hashes.view(np.int64)
 
 
 class Transformer:
@@ -179,8 +220,9 @@ class Transformer:
     def logits(self, texts: Sequence[str]) -> np.ndarray:
         """Logits of `texts`, float32 [N, 1 + K]. Of a text in several pieces each output is the highest one's."""
         rows = []
-        for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False):
-            rows.append(np.max([self._read(piece) for piece in self.pieces(encoding.ids)], axis=0))
+        for text in texts:
+            read = [self._read(piece) for piece in self.pieces(self.tokenizer.encode(text, add_special_tokens=False).ids)]
+            rows.append(read[0] if len(read) == 1 else np.max(read, axis=0))
         return np.stack(rows) if rows else np.empty((0, self.session.get_outputs()[0].shape[1]), np.float32)
 
     def pieces(self, ids: list[int]) -> Iterator[list[int]]:

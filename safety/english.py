@@ -31,7 +31,7 @@ _WORD = re.compile(r"\S+")
 
 
 class _Pairs:
-    """The gains of reading text as rot13, or as reversed, in nats a pair of letters: float32 [27 * 27] each."""
+    """The gains of reading text as rot13, or as reversed, in nats a pair of letters: float32 [2, 27 * 27]."""
 
     def __init__(self) -> None:
         import numpy as np
@@ -40,7 +40,7 @@ class _Pairs:
         table = ((codes - (codes > 92) - 35) / 7 - 13).reshape(27, 27)
         rotated = np.array([0, *range(14, 27), *range(1, 14)])
         self.table = table.ravel()
-        self.gains = {"rot13": (table[np.ix_(rotated, rotated)] - table).ravel(), "reversed": (table.T - table).ravel()}
+        self.gains = np.stack([(table[np.ix_(rotated, rotated)] - table).ravel(), (table.T - table).ravel()])
         self.letters = np.zeros(128, np.int32)
         for letter in range(26):
             self.letters[ord("a") + letter] = self.letters[ord("A") + letter] = letter + 1
@@ -49,7 +49,9 @@ class _Pairs:
 _pairs: list[_Pairs] = []
 
 
-@lru_cache(maxsize=1)  # two decoders ask for the same of every text
+HOW = ("rot13", "reversed")
+
+
 def disguised(text: str, how: str) -> list[tuple[int, int]]:
     """The stretches of a text that are better English under `how` (`rot13`, `reversed`) than as they stand.
 
@@ -59,19 +61,26 @@ def disguised(text: str, how: str) -> list[tuple[int, int]]:
     Returns:
         Spans of whole words in order. Linear in the length of the text.
     """
+    return _both(text)[HOW.index(how)]
+
+
+@lru_cache(maxsize=1)  # three decoders ask about every text
+def _both(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     import numpy as np
 
-    gain = _known().gains[how][_codes(text)]
-    total = np.zeros(len(gain) + 1, np.float64)
-    np.cumsum(gain, out=total[1:])
+    pairs = _codes(text)
+    total = np.zeros((2, len(pairs) + 1), np.float64)
+    np.cumsum(_known().gains.take(pairs, axis=1), axis=1, out=total[:, 1:])
     # The largest gain of any stretch of text: the least that it must pay for is a change at either end.
-    if float((total - np.minimum.accumulate(total)).max()) <= COST:
-        return []
+    most = (total - np.minimum.accumulate(total, axis=1)).max(axis=1).tolist()
+    if max(most) <= COST:
+        return [], []
     words = [match.span() for match in _WORD.finditer(text)]
     # A word's own pairs and those with the gaps on both of its sides; place i lies before letter i.
     starts, ends = np.array(words).T
-    gains = (total[ends + 1] - total[starts]).tolist()
-    return _best_path(words, gains)
+    gains = total[:, ends + 1] - total[:, starts]
+    found = [_best_path(words, row.tolist()) if gain > COST else [] for row, gain in zip(gains, most)]
+    return found[0], found[1]
 
 
 def likelihood(text: str) -> float:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from safety.normalize import BudgetError, View, views
 from safety.taxonomy import KEYS
@@ -416,8 +416,7 @@ def content_text(content: Any) -> str:
 # What a case holds
 
 
-@dataclass(frozen=True)
-class _Read:
+class _Read(NamedTuple):
     """A window to read."""
 
     case: _Case
@@ -466,16 +465,9 @@ class _Case:
             if not found[0].text and len(found) == 1:
                 raise _Blocked("empty")
         for view in found:
-            parts: Iterator[Window] = iter(())
             with _failing(self, "failed_windows"):
-                parts = iter(windows(view.text))
-            while True:
-                part = None
-                with _failing(self, "failed_windows"):
-                    part = next(parts, None)
-                if part is None or self.reason:
-                    break
-                yield _Read(self, view, part, view.text[part.start : part.end].strip())
+                for part in windows(view.text):
+                    yield _Read(self, view, part, view.text[part.start : part.end].strip())
 
     def suspect(self, value: float, read_: _Read) -> None:
         """Remember a window for stage 2 if it is among the most suspicious; of equal ones the first."""
@@ -553,7 +545,7 @@ class _Scale:
         return values
 
     def categories(self, row: Any) -> dict[str, float]:
-        return {key: _sigmoid(a * float(z) + b) for key, a, b, z in zip(KEYS, self.a[1:], self.b[1:], row[1:])}
+        return {key: _sigmoid(a * z + b) for key, a, b, z in zip(KEYS, self.a[1:], self.b[1:], row[1:].tolist())}
 
 
 def _checked(logits: Any, count: int) -> Any:

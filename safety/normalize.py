@@ -18,9 +18,8 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
 
-from safety.characters import clean, lengths, small, small_lengths
+from safety.characters import before_clean, before_small, clean, small
 from safety.decode import DECODERS, ENCODINGS, Replacement
 
 DEPTH = 3
@@ -153,8 +152,7 @@ class _Reading:
         """The span of the original text for the characters [start, end) of the canonical form."""
         # canonical -> small -> clean -> raw, each by the number of characters that one of the coarser text became.
         start, end = _undo_layout(small(self.clean), start, end)
-        start, end = _back(small_lengths(self.clean), start, end)
-        return self._to_original(*_back(lengths(self.raw), start, end))
+        return self._to_original(*before_clean(self.raw, *before_small(self.clean, start, end)))
 
     def _to_original(self, start: int, end: int) -> tuple[int, int]:
         if self.parent is None:
@@ -165,7 +163,7 @@ class _Reading:
         begin = first.first + (start - first.start if first.kept else 0)
         finish = last.first + (end - last.start) if last.kept else last.last
         if self.name.rsplit("+")[-1] != "tags":
-            begin, finish = _back(lengths(self.parent.raw), begin, finish)
+            begin, finish = before_clean(self.parent.raw, begin, finish)
         return self.parent._to_original(begin, finish)
 
 
@@ -216,14 +214,6 @@ def _outside(replacements: list[Replacement], taken: list[Replacement]) -> list[
         return before[at] + (position - edges[at] if at % 2 else 0)
 
     return [item for item in replacements if 2 * (count(item[1]) - count(item[0])) < item[1] - item[0]]
-
-
-def _back(became: list[int], start: int, end: int) -> tuple[int, int]:
-    """From a span of mapped characters to the span of those that became them."""
-    ends = list(accumulate(became))
-    first = bisect_right(ends, start)
-    last = bisect_right(ends, max(end - 1, start)) + 1
-    return min(first, len(became)), min(last, len(became))
 
 
 def _undo_layout(text: str, start: int, end: int) -> tuple[int, int]:

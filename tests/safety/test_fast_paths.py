@@ -1,0 +1,121 @@
+"""What makes everyday prompts quick changes no result: each short cut beside the long way it stands for."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import bisect_right
+from itertools import accumulate
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from safety import characters, decode, english
+from safety.classifier import Linear, features
+
+ALWAYS = re.compile("")
+# Pieces that come near to what the decoders look for, and of which a few together are it.
+PIECES = (
+    *".-_ /|%=&\\+*~^`<>#\"'!@$0134578",
+    *("01", "68", "0a", "nn", "op", "no", "%41", "%7", "69%", "ab", "de", "\\x41", "aGVsbG8g", "bomb", "how to ", "ubj gb "),
+    *("woh ot ", "word", "64 6f 6d ", "104 111 119 ", "01101000", "\n", "é", "−", "—", "•", "\u200b", ".-", "... "),
+)
+texts = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
+
+
+@pytest.mark.parametrize("guard", ["_DIGIT", "_ANY_MARK", "_LEET_DIGIT", "_TURNED_RUN"])
+@settings(max_examples=150, deadline=None)
+@given(text=texts)
+def test_what_a_test_turns_away_has_no_match(guard: str, text: str) -> None:
+    plain = characters.clean(text)
+    quick = {name: decoder(plain, text) for name, decoder in decode.DECODERS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, guard, ALWAYS)
+        assert quick == {name: decoder(plain, text) for name, decoder in decode.DECODERS.items()}
+
+
+@pytest.mark.parametrize(
+    ("guard", "inside", "outside"),
+    [
+        ("_DIGIT", "01101000 01101001 00100000", "no digits"),
+        ("_ANY_MARK", "a*b", "a.b"),
+        ("_LEET_DIGIT", "b0mb", "bomb"),
+        ("_TURNED_RUN", "686s77206p6q", "686f772"),
+    ],
+)
+def test_the_tests_tell(guard: str, inside: str, outside: str) -> None:
+    found = getattr(decode, guard)
+    assert found.search(inside) and not found.search(outside)
+
+
+@given(texts)
+@example("_... ___ ...")
+@example(". - . _")
+@example("•−• — • •")
+def test_morse_is_looked_for_wherever_it_can_be(text: str) -> None:
+    marks = str.maketrans("•·●–—_−", "...----")
+    matches = [match.span() for match in decode._MORSE.finditer(text.translate(marks))]
+    assert [match.span() for match in decode._MORSE.finditer(decode._marked(text))] == matches
+
+
+LETTERS = [*"abzAZ09_ -.'", "é", "ж", "о", "а", "Н", "²", "ª", "漢", "ß", "ⓐ", "\n"]
+
+
+@given(st.lists(st.sampled_from(LETTERS), max_size=30).map("".join))
+def test_words_of_ascii_are_passed_over(text: str) -> None:
+    plain = text.translate(characters._PLAIN)
+    slow = re.sub(r"[^\W\d_]+", lambda word: word[0] if word[0].isascii() else characters._latin(word), plain)
+    assert characters.clean(text) == slow
+
+
+def test_chinese_stays_as_it_is() -> None:
+    for code in (*range(0x3400, 0xA000), *range(0x20000, 0x2F800)):
+        char = chr(code)
+        assert unicodedata.normalize("NFKD", char) == char and unicodedata.category(char) in ("Lo", "Cn", "So")
+        assert "LATIN" not in unicodedata.name(char, "") and char not in characters._SPECIAL
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(codec="utf-8"), max_size=30), st.integers(0, 40), st.integers(0, 40), st.integers(1, 8))
+def test_where_a_character_came_from(text: str, start: int, size: int, chunk: int) -> None:
+    plain = characters.clean(text)
+    for source, find, lengths in (
+        (text, characters.before_clean, characters.lengths),
+        (plain, characters.before_small, characters.small_lengths),
+    ):
+        ends = list(accumulate(lengths(source)))
+        first, last = bisect_right(ends, start), bisect_right(ends, max(start + size - 1, start)) + 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(characters, "CHUNK", chunk)
+            assert find(source, start, start + size) == (min(first, len(source)), min(last, len(source)))
+
+
+@given(
+    st.lists(st.sampled_from(["how to ", "ubj gb znxr ", "woh ot ekam ", "a bomb ", "n obzo ", "bmob ", "x", "\n"]), max_size=20)
+)
+def test_both_readings_at_once_are_each_by_itself(parts: list[str]) -> None:
+    text = "".join(parts)
+    known = english._known()
+    for how, gains in zip(english.HOW, known.gains):
+        total = np.zeros(len(text) + 2, np.float64)
+        np.cumsum(gains[english._codes(text)], out=total[1:])
+        spans: list[tuple[int, int]] = []
+        if float((total - np.minimum.accumulate(total)).max()) > english.COST:
+            words = [match.span() for match in re.finditer(r"\S+", text)]
+            spans = english._best_path(words, [float(total[end + 1] - total[start]) for start, end in words])
+        assert english.disguised(text, how) == spans
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.text(max_size=40) | st.sampled_from(["", " ", "a", "ab", "a b", "word " * 9]), min_size=1, max_size=7))
+def test_sums_of_a_batch_are_those_of_plain_integers(batch: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.integers(-127, 128, (1 << 10, 17)).astype(np.int8)
+    model = Linear(table, rng.random(17).astype(np.float32), rng.random(17).astype(np.float32))
+    for row, text in zip(model.logits(batch), batch):
+        found = [int(place) for index, _ in features([text], 10) for place in index]
+        sums = np.array([sum(int(table[place, k]) for place in found) for k in range(17)], np.float32)
+        norm = np.sqrt(np.array([max(len(found), 1)])).astype(np.float32)
+        assert np.array_equal(row, model.bias + model.scale * (sums / norm))
