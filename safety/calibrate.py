@@ -61,7 +61,7 @@ class Bounds:
 
     Args:
         everyday: Of harmless prompts that are not look-alikes.
-        lookalikes: Of the harmless halves of contrast pairs.
+        lookalikes: Of the harmless halves of contrast pairs, and of other harmless prompts written to look like sensitive ones.
     """
 
     everyday: float

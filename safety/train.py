@@ -549,7 +549,7 @@ def fit_calibration(split: Split, first: np.ndarray, second: np.ndarray, config:
         }
     p = probabilities["transformer"]
     harmful = label[:, 0] == 1
-    lookalike = ~harmful & np.array([row.source == "pairs" for row in split.dev])
+    lookalike = ~harmful & np.array([row.source in ("pairs", "requests") for row in split.dev])
     points = calibrate.operating_points(p[harmful], p[~harmful & ~lookalike], p[lookalike], config.points)
     result["thresholds"] = {name: point.to_json() for name, point in points.items()}
     bound = calibrate.clear_below(probabilities["linear"][harmful], p[harmful], points["strict"].threshold, config.clear_loss)
