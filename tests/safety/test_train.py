@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmgpt.errors import UsageError, UserError
-from safety import sources, train
+from safety import dataset, sources, train
 from safety.calibrate import Bounds
 from safety.classifier import Linear, Transformer
 from safety.sources import Row
@@ -76,7 +76,7 @@ def config(folder: Path, **changes: object) -> train.Config:
     lines = [{"category": "code_abuse", "sensitive": f"make malware {n}", "harmless": f"make music {n}"} for n in range(60)]
     (pairs / "code_abuse.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     requests.write_text("words: {}\nframings: {}\nsensitive: {}\nharmless: {}\nattacks: {}\neveryday: []\n")
-    data = train.Data(own=[str(own)], pairs=str(pairs), requests=str(requests), tests=[], holdout=0.3)
+    data = dataset.Data(own=[str(own)], pairs=str(pairs), requests=str(requests), tests=[], holdout=0.3)
     settings = {
         "data": data,
         "linear": train.LinearConfig(bits=12, epochs=6, lr=0.2),
@@ -163,7 +163,7 @@ def test_a_stopped_run_goes_on_and_ends_where_it_would_have(tmp_path: Path, monk
 
 def test_categories_that_are_not_known_do_not_count() -> None:
     made = [Row("a", 1, None), Row("b", 1, ("hate",)), Row("c", 0, ())]
-    label, mask = train.targets(made)
+    label, mask = dataset.targets(made)
     assert label[:, 0].tolist() == [1, 1, 0] and label[1, 1 + KEYS.index("hate")] == 1 and label.sum() == 3
     assert mask[0].tolist() == [1.0] + [0.0] * len(KEYS) and mask[1:].all()
     logits = torch.zeros(1, 1 + len(KEYS), requires_grad=True)
@@ -212,7 +212,7 @@ def test_batches_hold_every_text_once_within_the_budget() -> None:
 
 def test_long_harmless_texts_are_read_in_windows_and_sensitive_ones_in_blocks() -> None:
     text = " ".join(f"This is sentence number {n} of a long text about gardens." for n in range(40))
-    made = train.as_read([Row(text, 0), Row(text, 1, None), Row("short", 1, None)], random.Random(0))
+    made = dataset.as_read([Row(text, 0), Row(text, 1, None), Row("short", 1, None)], random.Random(0))
     assert [row.text for row in made if row.text == "short"] == ["short"]
     assert all(row.text in text for row in made[:-1]) and len([row for row in made if row.label == 0]) >= 2
     assert all(len(row.text) > 160 for row in made[:-1] if row.label == 1)
@@ -230,7 +230,7 @@ def test_rows_of_a_test_set_are_removed_and_counted(tmp_path: Path, monkeypatch:
     test = Row(sources.read_jsonl(Path(settings.data.own[0]))[1].text, 1, None, "test")
     settings.data.tests = ["some-test"]
     monkeypatch.setattr(sources, "named", lambda name: [test])
-    split = train.build(settings)
+    split = dataset.build(settings.data, settings.seed)
     assert sum(split.counts["overlaps"].values()) >= 1
     assert test.text not in {row.text for row in (*split.train, *split.dev)}
     assert not {sources.key(row.text) for row in split.train} & {sources.key(row.text) for row in split.dev}
