@@ -242,7 +242,10 @@ def sample(texts: Sequence[str], count: int, seed: int) -> list[str]:
 
 def table(results: Sequence[Result]) -> str:
     """A Markdown table, and below it every pair that breaks a property."""
-    lines = ["| property | limit | pairs | exceeded (95 %) | worst | flips | holds | causes |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| property | limit | pairs | exceeded (95 %) | worst | flips | holds | causes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for result in results:
         low, high = wilson(result.exceeded, result.pairs)
         causes = Counter(item.cause for item in result.breaks if item.exceeded).most_common()
@@ -254,7 +257,9 @@ def table(results: Sequence[Result]) -> str:
         for item in result.breaks:
             what = "flip" if item.flipped else "moved"
             old, new = item.scores
-            lines.append(f"{result.name}, {what}, {item.cause}: {old:.3f} -> {new:.3f} {short(item.before)!r} -> {short(item.after)!r}")
+            lines.append(
+                f"{result.name}, {what}, {item.cause}: {old:.3f} -> {new:.3f} {short(item.before)!r} -> {short(item.after)!r}"
+            )
     return "\n".join(lines)
 
 
@@ -297,7 +302,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Either half as often, and of each one pair's half at most once as long as they last.
     count = options.pairs
     parts = [sample(half, count - count // 2 if at else count // 2, options.seed) for at, half in enumerate(halves) if half]
-    prompts = [text for part in parts for text in part] if all(halves) else sample([row.text for row in rows], count, options.seed)
+    prompts = (
+        [text for part in parts for text in part] if all(halves) else sample([row.text for row in rows], count, options.seed)
+    )
     results = run(
         judge, prompts, halves[1] if "padding" in names else [], [name for name in names if name != "padding"], options.seed
     )

@@ -45,7 +45,10 @@ def test_what_breaks_is_counted_and_listed(judge: Filter) -> None:
     high, low = judge.check(BAD).score, judge.check(GOOD).score
     assert (both.exceeded, both.flips, both.pairs, both.holds) == (2, 2, 4, False)
     assert both.worst == pytest.approx(high - low)
-    assert [(item.before, item.after, item.scores) for item in both.breaks] == [(BAD, GOOD, (high, low)), (GOOD, BAD, (low, high))]
+    assert [(item.before, item.after, item.scores) for item in both.breaks] == [
+        (BAD, GOOD, (high, low)),
+        (GOOD, BAD, (low, high)),
+    ]
     assert both.breaks[0].cause == "not undone"
     # Where lowering alone counts, a rise is no break.
     one = measure(judge, "lowered", pairs, 0.05, both_ways=False)
@@ -78,8 +81,20 @@ def test_a_sample_repeats_only_what_it_must() -> None:
 
 def test_the_command(weights: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "safety.properties", "--pairs", "6", "--weights", str(weights), "--output", str(tmp_path / "r")]
-    done = subprocess.run([*command, "--names", "base64", "padding"], env=environment, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "safety.properties",
+        "--pairs",
+        "6",
+        "--weights",
+        str(weights),
+        "--output",
+        str(tmp_path / "r"),
+    ]
+    done = subprocess.run(
+        [*command, "--names", "base64", "padding"], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "| disguise: base64 | 0.02 | 6 | 0 = 0.00%" in done.stdout and "| padding | 0.05 | 6 |" in done.stdout
     report = json.loads((tmp_path / "r").read_text())
