@@ -63,8 +63,14 @@ class Outcome:
         return self.what in THROUGH
 
     def to_json(self) -> dict[str, Any]:
-        found = {"text": self.attack.text, "family": self.attack.family, "source": self.attack.source, "how": self.attack.how}
-        found |= {"seen": self.attack.seen, "outcome": self.what, "score": round(self.score, 5), "reason": self.reason}
+        found: dict[str, Any] = {"text": self.attack.text, "family": self.attack.family, "source": self.attack.source}
+        found |= {
+            "how": self.attack.how,
+            "seen": self.attack.seen,
+            "outcome": self.what,
+            "score": round(self.score, 5),
+            "reason": self.reason,
+        }
         return found | ({"answer": self.answer, "grade": self.grade} if self.grade else {})
 
 

@@ -189,7 +189,7 @@ def test_misses_are_written_once_and_can_be_trained_on_when_labelled(tmp_path: P
     before = path.read_text()
     assert add_misses(path, outcomes) == (0, 1) and path.read_text() == before
     # A line nobody has labelled is not trained on by accident.
-    with pytest.raises(UserError, match=r"misses.jsonl:1: `label` must be 1"):
+    with pytest.raises(UserError, match=r"misses\.jsonl:1: `label` must be 1"):
         sources.read_jsonl(path)
     # What a person wrote stays; a last line without its end does not run into the next.
     path.write_text(before.replace("null", "1").rstrip("\n"))
@@ -201,7 +201,7 @@ def test_misses_are_written_once_and_can_be_trained_on_when_labelled(tmp_path: P
         ("New\none", 0, ()),
     ]
     path.write_text("{")
-    with pytest.raises(UserError, match="misses.jsonl:1"):
+    with pytest.raises(UserError, match=r"misses\.jsonl:1"):
         add_misses(path, outcomes)
 
 
