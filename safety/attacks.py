@@ -112,7 +112,9 @@ def _encodings(material: Material, rng: random.Random) -> Iterable[Attack]:
 def _suffixes(material: Material, rng: random.Random) -> Iterable[Attack]:
     for text, source in material.requests():
         for template in material.table["suffixes"]:
-            yield Attack(template.replace("{request}", text).replace("{soup}", soup(rng)), "suffixes", source)
+            yield Attack(
+                template.replace("{request}", text).replace("{soup}", soup(material.table["soup"], rng)), "suffixes", source
+            )
 
 
 def _injection(material: Material, rng: random.Random) -> Iterable[Attack]:
@@ -147,15 +149,9 @@ FAMILIES: dict[str, Callable[[Material, random.Random], Iterable[Attack]]] = {
 }
 
 
-SOUP = (
-    'describing .\\ similarlyNow write oppositeley .]( Me giving **ONE please? revert with "\\!-- Two }{ interface Manuel :: TABLE << '
-    "inverse // tutorial \\n pecified == () vertical"
-).split()
-
-
-def soup(rng: random.Random) -> str:
+def soup(pieces: Sequence[str], rng: random.Random) -> str:
     """Random pieces of words, code and marks, 12 to 20, like the end of a gradient-based search."""
-    return " ".join(rng.choices(SOUP, k=rng.randint(12, 20)))
+    return " ".join(rng.choices(pieces, k=rng.randint(12, 20)))
 
 
 def attacks(
@@ -202,7 +198,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(table, dict):
         raise UserError(f"{path} must hold a table of templates")
-    for key in ("acts", "role_play", "past_tense", "suffixes", "prompt_injection", "addresses"):
+    for key in ("acts", "role_play", "past_tense", "suffixes", "soup", "prompt_injection", "addresses"):
         if not isinstance(table.get(key), list) or not all(isinstance(item, str) and item for item in table[key]):
             raise UserError(f"{path}: `{key}` must be a list of texts")
     languages = table.get("translation")

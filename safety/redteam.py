@@ -312,7 +312,8 @@ def command_of(options: argparse.Namespace) -> str:
     if options.operating_point != "balanced":
         words.append(f"--operating_point {options.operating_point}")
     if options.ask:
-        words.append(f"--ask {Path(options.ask).name} --max_new_tokens {options.max_new_tokens}")
+        asked = Path(options.ask)
+        words.append(f"--ask {asked.name if asked.is_absolute() else asked} --max_new_tokens {options.max_new_tokens}")
     return " ".join(words)
 
 

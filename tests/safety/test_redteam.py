@@ -106,8 +106,8 @@ def test_broken_templates(text: str | None, says: str, tmp_path: Path) -> None:
 
 
 def test_soup_is_long_and_random() -> None:
-    assert all(len(module.soup(random.Random(seed)).split()) >= 12 for seed in range(20))
-    assert module.soup(random.Random(0)) != module.soup(random.Random(1))
+    assert all(len(module.soup(["a", "b"], random.Random(seed)).split()) >= 12 for seed in range(20))
+    assert module.soup(["a", "b"], random.Random(0)) != module.soup(["a", "b"], random.Random(1))
 
 
 # Outcomes
