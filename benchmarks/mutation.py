@@ -14,6 +14,7 @@ Exit codes: 0 at least --least of the mutants are killed, 1 less or failure, 2 w
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import importlib.util
 import json
@@ -35,6 +36,10 @@ from safety.intervals import wilson  # noqa: E402
 
 SURVIVED, UNTESTED, TIMEOUT = (0,), (5, 33), (36, 24, -24, 152, 255)
 KILLED = (1, 3, *TIMEOUT)
+
+
+THRESHOLDS = re.compile(r"operating_points|above|clear_below|OperatingPoint")
+"""Of calibrate these alone: how Platt's optimum is searched for can change a lot without changing what is found."""
 
 
 def settings() -> dict[str, Any]:
@@ -71,19 +76,19 @@ def results(folder: Path, file: str) -> dict[str, int | None]:
     """Exit code of the tests for every mutant of a file; None where it was not tried."""
     meta = json.loads((folder / "mutants" / f"{file}.meta").read_text(encoding="utf-8"))
     found: dict[str, int | None] = meta["exit_code_by_key"]
-    return found
+    return {name: code for name, code in found.items() if not file.endswith("calibrate.py") or THRESHOLDS.search(name)}
 
 
 def difference(folder: Path, file: str, name: str) -> str:
     """The line a mutant changes, before and after."""
-    text = (folder / "mutants" / file).read_text(encoding="utf-8")
+    tree = ast.parse((folder / "mutants" / file).read_text(encoding="utf-8"))
     mutant = name.rpartition(".")[2]
-    original = re.sub(r"__mutmut_\d+$", "__mutmut_orig", mutant)
-    bodies = []
-    for wanted in (original, mutant):
-        match = re.search(rf"^( *)def {re.escape(wanted)}\(.*?(?=^\1(?:\S)|\Z)", text, re.MULTILINE | re.DOTALL)
-        bodies.append(match[0].replace(wanted, "").splitlines() if match else [])
-    lines = difflib.unified_diff(*bodies, n=0, lineterm="")
+    bodies: dict[str, list[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name in (mutant, re.sub(r"__mutmut_\d+$", "__mutmut_orig", mutant)):
+            bodies[node.name] = ast.unparse(node).replace(node.name, "").splitlines()
+    original = bodies.pop(re.sub(r"__mutmut_\d+$", "__mutmut_orig", mutant), [])
+    lines = difflib.unified_diff(original, bodies.get(mutant, []), n=0, lineterm="")
     return "\n".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---"))
 
 
