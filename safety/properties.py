@@ -144,7 +144,9 @@ def paddings(prompts: Sequence[str], harmless: Sequence[str], rng: random.Random
 # Measuring
 
 
-def measure(judge: Filter, name: str, pairs: Sequence[Pair], limit: float, *, both_ways: bool) -> Result:
+def measure(
+    judge: Filter, name: str, pairs: Sequence[Pair], limit: float, *, both_ways: bool, plain: Sequence[Verdict] | None = None
+) -> Result:
     """Judge both texts of every pair and collect what breaks the property.
 
     Args:
@@ -153,8 +155,10 @@ def measure(judge: Filter, name: str, pairs: Sequence[Pair], limit: float, *, bo
         pairs: At least one.
         limit: How far the score may move.
         both_ways: Whether a rise counts; otherwise only a fall does.
+        plain: Verdicts on the prompts of the pairs, where they are known.
     """
-    before, after = (check(judge, texts) for texts in ((pair.before for pair in pairs), (pair.after for pair in pairs)))
+    before = check(judge, (pair.before for pair in pairs)) if plain is None else plain
+    after = check(judge, (pair.after for pair in pairs))
     worst, breaks = 0.0, []
     for pair, old, new in zip(pairs, before, after):
         moved = abs(new.score - old.score) if both_ways else old.score - new.score
@@ -221,12 +225,13 @@ def run(judge: Filter, prompts: Sequence[str], harmless: Sequence[str], names: S
         seed: Of what is random in them.
     """
     results = []
+    plain = check(judge, prompts)
     for name in names:
         pairs = disguises(name, prompts, random.Random(f"{seed}:{name}"))
-        results.append(measure(judge, f"disguise: {name}", pairs, MOVED, both_ways=True))
+        results.append(measure(judge, f"disguise: {name}", pairs, MOVED, both_ways=True, plain=plain))
     if harmless:
         pairs = paddings(prompts, harmless, random.Random(f"{seed}:padding"))
-        results.append(measure(judge, "padding", pairs, LOWERED, both_ways=False))
+        results.append(measure(judge, "padding", pairs, LOWERED, both_ways=False, plain=plain))
     return results
 
 
