@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safety.calibrate import POINTS, Bounds, above, clear_below, operating_points, platt, sigmoid
+from safety.calibrate import POINTS, Bounds, OperatingPoint, above, clear_below, operating_points, platt, sigmoid
 
 SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=50)
 
@@ -74,3 +74,51 @@ def test_stage_1_clears_no_more_than_it_may_lose(pairs: list[tuple[float, float]
     bound = clear_below(first, second, 0.5, loss)
     assert bound <= 0.5
     assert ((first < bound) & (second >= 0.5)).sum() <= loss * len(first) + 1e-6
+
+
+def test_thresholds_by_hand() -> None:
+    everyday = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+    alike, bad = np.array([0.15, 0.65, 0.85, 0.45]), np.array([0.05, 0.72, 0.81, 0.99])
+    bounds = {"strict": Bounds(0.3, 0.5), "balanced": Bounds(0.1, 0.5), "loose": Bounds(0.2, 0.25)}
+    found = operating_points(bad, everyday, alike, bounds)
+    # Just above the first score that is one too many, rounded up to six digits. Of `loose` the bounds are laxer than of
+    # `balanced`, whose threshold therefore holds.
+    assert {name: point.threshold for name, point in found.items()} == {
+        "strict": 0.700001,
+        "balanced": 0.900001,
+        "loose": 0.900001,
+    }
+    assert found["strict"] == OperatingPoint(0.700001, 0.3, 0.25, 0.75)
+    assert found["balanced"] == found["loose"] == OperatingPoint(0.900001, 0.1, 0.0, 0.25)
+    # The stricter of the two bounds decides; a threshold that is rounded is met by an equal score.
+    one = {name: Bounds(1.0, 0.25) for name in POINTS}
+    assert operating_points(np.array([0.650001]), everyday, alike, one)["strict"] == OperatingPoint(0.650001, 0.4, 0.25, 1.0)
+    none = np.array([])
+    assert operating_points(none, none, none, one)["loose"] == OperatingPoint(0.0, 0.0, 0.0, 0.0)
+
+
+def test_an_operating_point_is_stored_with_six_digits() -> None:
+    point = OperatingPoint(0.12345678, 0.5, 1 / 3, 2 / 3)
+    assert point.to_json() == {"threshold": 0.123457, "fpr": 0.5, "lookalike_fpr": 0.333333, "recall": 0.666667}
+
+
+def test_above_by_hand() -> None:
+    scores = [0.2, 0.4, 0.6, 0.8]
+    assert above(scores, 0.0) == np.nextafter(0.8, 1) and above(scores, 0.25) == np.nextafter(0.6, 1)
+    assert above(scores, 0.24) == above(scores, 0.0) and above(scores, 0.99) == np.nextafter(0.2, 1)
+    assert above(scores, 1.0) == above([], 0.5) == 0.0
+    # A share that binary fractions miss by a hair: .07 of 100 is 7.
+    assert above(np.arange(100) / 100, 0.07) == np.nextafter(0.92, 1)
+    assert above(np.array([0.5], np.float32), 0.0) == np.nextafter(0.5, 1)
+
+
+def test_clear_below_by_hand() -> None:
+    first, second = np.array([0.05, 0.1, 0.2, 0.3, 0.4, 0.01]), np.array([0.9, 0.9, 0.5, 0.9, 0.9, 0.49])
+    assert clear_below(first, second, 0.5, 0.0) == 0.05
+    # A third of six may be lost: the third lowest that stage 2 catches is the bound, and of those at .5 one is caught.
+    assert clear_below(first, second, 0.5, 1 / 3) == 0.2
+    assert clear_below(first, second, 0.5, 0.49) == 0.2 and clear_below(first, second, 0.5, 0.5) == 0.3
+    assert clear_below(first, second, 0.25, 0.5) == 0.2
+    # Where all may be lost, or nothing is caught, the threshold is the bound.
+    assert clear_below(first, second, 0.5, 1.0) == 0.5 and clear_below(first, second, 0.95, 0.0) == 0.95
+    assert clear_below(first[:5], second[:5], 0.5, 1.0) == 0.5

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import calendar
+import hashlib
+import hmac
 import itertools
 import json
 import os
 import stat
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,3 +201,75 @@ def test_a_salt_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "audit.jsonl.salt").write_bytes(b"short")
     with pytest.raises(OSError, match="no salt"):
         AuditLog(tmp_path / "audit.jsonl").salt()
+
+
+def test_what_a_line_of_the_log_holds(weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    gate = Gate("strict", weights=weights, audit=path, log_text=True)
+    found = gate.check_prompt([*said("What fruit"), *said("is this?")])
+    drain(gate.stream([], iter(["A ", "pear,", " é."])))
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert set(first) == {"time", "event", "allowed", "reason", "score", "operating_point", "model", "hash", "bytes", "text"}
+    assert abs(time.time() - calendar.timegm(time.strptime(first["time"], "%Y-%m-%dT%H:%M:%SZ"))) < 60
+    assert first["score"] == round(found.score, 6) and first["operating_point"] == "strict"
+    assert (first["text"], second["text"]) == ("What fruit\nis this?", "A pear, é.")
+    # The hash is the text's HMAC under the salt, which anyone can check who has both.
+    salt = (tmp_path / "audit.jsonl.salt").read_bytes()
+    assert second["hash"] == hmac.new(salt, "A pear, é.".encode(), hashlib.sha256).hexdigest() and second["bytes"] == 11
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600 and path.read_bytes().isascii()
+
+
+def test_what_cannot_be_read_is_logged_too(weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    gate = Gate(weights=weights, audit=path, log_text=True)
+    assert gate.check_prompt("no messages").reason == "bad_messages"
+    assert gate.check_prompt(said("a\ud800b")).reason == "surrogates"
+    assert drain(gate.stream([], iter([None])))[1].reason == "not_text"  # type: ignore[list-item]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["reason"], line["bytes"], line["text"]) for line in lines] == [
+        ("bad_messages", 0, ""),
+        ("surrogates", 5, "a\ud800b"),
+        ("not_text", 0, ""),
+    ]
+
+
+def test_an_answer_of_which_nothing_is_left_is_held_to_the_end(gate: Gate) -> None:
+    # Shorter than a step: nothing is shown before the end is judged, then all at once.
+    assert drain(gate.stream([], iter(["A pear", ", I think."])))[0] == ["A pear, I think."]
+    shown, verdict = drain(gate.stream([], iter(["A bomb", ", I think."])))
+    assert shown == [REFUSAL] and not verdict.allowed and verdict.reason == "indiscriminate_weapons"
+
+
+def test_nothing_is_read_of_an_answer_that_is_refused(gate: Gate) -> None:
+    taken = []
+
+    def pieces() -> Iterator[str]:
+        for number in range(50):
+            taken.append(number)
+            yield "Take the bomb. " + CALM
+
+    shown, verdict = drain(gate.stream([], pieces()))
+    assert shown[-1].endswith(REFUSAL) and not verdict.allowed and len(taken) < 6
+
+
+def test_an_exit_inside_the_filter_is_no_exit(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(weights=weights)
+
+    def leave(*_: Any) -> Any:
+        raise SystemExit(0)
+
+    monkeypatch.setattr(AnswerStream, "close", leave)
+    shown, verdict = drain(gate.stream([], iter(["Fine."])))
+    assert shown == [REFUSAL] and verdict.reason == "failed_gate" and verdict.score == 1.0
+    monkeypatch.setattr(gate.filter, "check_conversation", leave)
+    assert gate.check_prompt(said(GOOD)).reason == "failed_gate"
+
+
+def test_two_logs_that_begin_together_share_a_salt(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    first, second = AuditLog(path), AuditLog(path)
+    assert first.salt() == first.salt() == second.salt() and len(first.salt()) == 32
+    # A salt of 32 bytes or more is taken as it is, and what another process left half made is no obstacle.
+    (tmp_path / "b.jsonl.salt").write_bytes(b"s" * 40)
+    assert AuditLog(tmp_path / "b.jsonl").salt() == b"s" * 40
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["audit.jsonl.salt", "b.jsonl.salt"]
