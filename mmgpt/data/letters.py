@@ -74,7 +74,7 @@ def rank_letters(split: str | None, count: int = 512, answers: int = 4) -> Itera
         drawn: list[str] = [letter * times] if rng.random() < 0.5 else []
         while len(drawn) < answers or len({letter_reward(prompt, answer) for answer in drawn}) < 2:
             # Some with other signs, or a reward model would know nothing of them, and a policy would find out.
-            others = LETTERS if rng.random() < 0.7 else SIGNS
+            others = LETTERS if rng.random() < 0.85 else SIGNS
             if (answer := _draw_answer(letter, rng, others)) not in drawn:
                 drawn = [answer, *drawn][: max(answers, 2)]
         rng.shuffle(drawn)
