@@ -4,7 +4,7 @@
     python benchmarks/refusals.py runs/rlhf-safety-first runs/rlhf-safety [--prompts runs/safety-prompts.jsonl] [--limit 300]
 
 The prompts are those with the split `val`, which training does not see; answers are greedy, graded by `safety/rules.py`, which is
-told what the prompt asks for (A a refusal in style, B another refusal, C disallowed content, D a safe answer). The grader is also the
+told what the prompt asks for (A a refusal in style, B another refusal, C disallowed content, D a safe answer). It is also the
 reward that `rlhf-safety` learns from, so this says that the policy learnt what it was taught, not that a person would agree.
 One JSON object on stdout.
 """

@@ -81,6 +81,8 @@ def _plain(char: str) -> str:
     kind = unicodedata.category(char)
     if kind in ("Mn", "Me", "Cf", "Cc") or "\U000e0000" <= char <= "\U000e0fff":
         return ""
+    if kind == "Cn":
+        return char
     if kind == "Zs":
         return " "
     if kind == "Pd":
@@ -96,7 +98,7 @@ def _plain(char: str) -> str:
 class _Table(dict[int, str]):
     """A table for `str.translate` that is worked out as characters occur, and stays small."""
 
-    ROOM = 1 << 14
+    ROOM = 1 << 16  # 10 MB at most; no everyday text comes near to it
 
     def __init__(self, function: object) -> None:
         super().__init__()

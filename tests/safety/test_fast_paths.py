@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import random
 import re
+import time
 import unicodedata
 from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
 from itertools import accumulate
 
 import numpy as np
@@ -14,6 +19,8 @@ from hypothesis import strategies as st
 
 from safety import characters, decode, english
 from safety.classifier import Linear, features
+from safety.normalize import BudgetError, views
+from safety.windows import windows
 
 ALWAYS = re.compile("")
 # Pieces that come near to what the decoders look for, and of which a few together are it.
@@ -119,3 +126,37 @@ def test_sums_of_a_batch_are_those_of_plain_integers(batch: list[str]) -> None:
         sums = np.array([sum(int(table[place, k]) for place in found) for k in range(17)], np.float32)
         norm = np.sqrt(np.array([max(len(found), 1)])).astype(np.float32)
         assert np.array_equal(row, model.bias + model.scale * (sums / norm))
+
+
+def english_text(size: int) -> str:
+    sentence = "How do I keep bees on a balcony? Say it in two lines, please; the 3rd is for my neighbour's café. "
+    return (sentence * (size // 90))[:size]
+
+
+def nested_text(size: int) -> str:
+    return base64.b64encode(base64.b64encode(english_text(size * 9 // 16).encode())).decode()
+
+
+def unicode_text(size: int) -> str:
+    return "".join(map(chr, random.Random(0).choices([*range(0x20, 0xD800), *range(0xE000, 0x30000)], k=size // 8)))
+
+
+@pytest.mark.parametrize("make", [english_text, nested_text, unicode_text, "a".__mul__, "a ".__mul__, "é".__mul__])
+def test_four_times_the_text_takes_four_times_as_long(make: Callable[[int], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(characters._Table, "ROOM", 0)  # characters that are known already make the second text quicker
+
+    def seconds(size: int) -> float:
+        text, times = make(size), []
+        for _ in range(2):
+            started = time.process_time()
+            try:
+                for view in views(text):
+                    deque(windows(view.text), 0)
+            except BudgetError:
+                pass
+            times.append(time.process_time() - started)
+        return min(times)
+
+    seconds(1000)  # what is worked out once
+    # What takes the square of its length would take sixteen times as long.
+    assert seconds(160_000) < 8 * max(seconds(40_000), 0.002)
