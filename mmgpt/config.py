@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mmgpt.errors import UsageError
 
-Stage = Literal["align", "instruct", "reward"]
+Stage = Literal["align", "instruct", "reward", "ppo", "preference"]
 
 
 @dataclass
@@ -299,19 +299,120 @@ class RewardConfig:
 
 
 @dataclass
+class PreferenceConfig:
+    """What the stage `preference` (DPO) is told.
+
+    Args:
+        beta: Weight of staying near the model that the run begins with: the smaller, the further the policy may go.
+        supervised: Weight of the preferred answers' own loss, per token. DPO asks for a difference alone, and may lower both
+            answers in favour of text that is neither; this keeps the preferred ones likely (Pang et al. 2024, equation 2).
+    """
+
+    beta: float = 0.1
+    supervised: float = 0.0
+
+
+@dataclass
+class PtxConfig:
+    """The pretraining mix of PPO-ptx (Ouyang et al. 2022, equation 2).
+
+    Args:
+        sources: Plain text (.txt, .jsonl with `text`, folders of them) or conversations; empty is PPO without the mix.
+        coefficient: gamma, the weight of the language model's loss (per token) in the common gradient.
+        batch_size: Texts of one optimizer step; the paper has 8 for each answer.
+        length: Tokens of a text; a longer one is cut into several.
+    """
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    coefficient: float = 27.8
+    batch_size: int = 16
+    length: int = 256
+
+
+@dataclass
+class PpoConfig:
+    """What the stage `ppo` is told. The prompts are those of `data.train`; an answer that stands behind one is left away.
+
+    Args:
+        iterations: Rounds of drawing answers and learning from them; `trainer.epochs` stays 1.
+        batch_size: Prompts of an iteration.
+        samples: Answers to each prompt.
+        minibatch_size: Answers of one optimizer step.
+        microbatch_size: Answers in one forward; null is `minibatch_size`.
+        epochs: Passes over the answers of an iteration.
+        max_new_tokens: Length limit of an answer.
+        temperature: At which answers are drawn and their probabilities taken.
+        rewards: Reward functions; their weighted sum is the score of an answer. Each is a mapping of `class_path` (as
+            `package.module.Name`: a class whose objects, or a function which, takes (prompts, answers, images) and gives a number
+            for each answer), `init_args` (arguments of the class, or further ones of the function), and `weight` (1; `fit` finds
+            the weight with which the sum ranks the answers of `ppo.ranked` best).
+        ranked: Ranked answers that a weight `fit` is fitted on.
+        no_eos_score: Score of an answer that reached the limit without an end; null lets the reward judge it.
+        kl: `fixed` keeps `beta`; `adaptive` steers it towards `kl_target` nats an answer.
+        beta: Weight of the KL penalty, per token.
+        kl_target: See `kl`.
+        gamma: Discount.
+        lam: GAE's lambda.
+        clip: Of the probability ratio.
+        value_clip: Of the predicted value.
+        value_coefficient: Of the value loss.
+        value_from: A reward model (a run folder) that the value network begins as; null puts a head on the policy's own states.
+        warmup: Iterations over which the learning rate rises from a tenth of its peak; it stays there.
+        ema: Decay of the moving average of the weights, which is what is evaluated and exported; 0 takes the weights themselves.
+        evaluate_every: Iterations between evaluations on held-out prompts; the best weights by held-out reward are kept.
+        evaluate_prompts: At most this many of them.
+        max_kl: Stops the run when an iteration's mean KL passes it (nats an answer); null never.
+        max_growth: Stops the run when answers have become this many times as long as at first; null never.
+        ptx: The pretraining mix.
+    """
+
+    iterations: int = 100
+    batch_size: int = 32
+    samples: int = 1
+    minibatch_size: int = 16
+    microbatch_size: int | None = None
+    epochs: int = 1
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    rewards: list[dict[str, Any]] = field(default_factory=list)
+    ranked: list[SourceConfig] = field(default_factory=list)
+    no_eos_score: float | None = -1.0
+    kl: Literal["fixed", "adaptive"] = "fixed"
+    beta: float = 0.02
+    kl_target: float = 6.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float = 0.2
+    value_coefficient: float = 0.1
+    value_from: str | None = None
+    warmup: int = 10
+    ema: float = 0.992
+    evaluate_every: int = 10
+    evaluate_prompts: int = 64
+    max_kl: float | None = 50.0
+    max_growth: float | None = 4.0
+    ptx: PtxConfig = field(default_factory=PtxConfig)
+
+
+@dataclass
 class RunConfig:
     """One run of `python -m mmgpt.train`.
 
     Args:
         stage: The objective: `align` trains the projector alone, `instruct` whatever has a learning rate; `reward` learns from
-            preferences to score answers.
+            preferences to score answers, `preference` (DPO) to give those that are preferred; `ppo` improves a policy against a
+            reward.
         run_dir: Where everything goes; must not hold another run unless `resume` is set.
+        first: Configurations (by name or file) of runs that this one stands on; each is run unless its model is there already.
         model: The model.
         data: The data.
         optimizer: The optimizer.
         trainer: The loop.
         evaluate: What is measured.
         reward: The reward model.
+        preference: Direct preference optimisation.
+        ppo: The policy's training against a reward.
         export: `trained` stores what the run changed and names the rest; `all` stores every weight in one file.
         overwrite: Replace a finished run in `run_dir`.
         resume: Continue the run in `run_dir` from its last checkpoint.
@@ -320,12 +421,15 @@ class RunConfig:
 
     stage: Stage = "instruct"
     run_dir: str = "runs/run"
+    first: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
     export: Literal["trained", "all"] = "trained"
     overwrite: bool = False
     resume: bool = False
@@ -363,6 +467,23 @@ LIMITS: dict[str, tuple[float, float]] = {
     "trainer.seed": (0, 2**32 - 1),
     **dict.fromkeys((f"evaluate.{key}" for key in ("generate", "final", "examples")), _FROM_ZERO),
     **dict.fromkeys((f"evaluate.{key}" for key in ("max_new_tokens", "batch_size")), _FROM_ONE),
+    **dict.fromkeys(
+        (
+            f"ppo.{key}"
+            for key in (
+                "iterations", "batch_size", "samples", "minibatch_size", "microbatch_size", "epochs", "max_new_tokens",
+                "evaluate_every", "evaluate_prompts", "ptx.batch_size", "max_growth",
+            )
+        ),
+        _FROM_ONE,
+    ),
+    "preference.beta": _ABOVE_ZERO,
+    "preference.supervised": _FROM_ZERO,
+    "ppo.ptx.length": (2, math.inf),
+    **dict.fromkeys((f"ppo.{key}" for key in ("temperature", "kl_target", "clip", "value_clip", "max_kl")), _ABOVE_ZERO),
+    **dict.fromkeys((f"ppo.{key}" for key in ("beta", "value_coefficient", "warmup", "ptx.coefficient")), _FROM_ZERO),
+    **dict.fromkeys(("ppo.gamma", "ppo.lam"), _SHARE),
+    "ppo.ema": _BELOW_ONE,
 }
 
 

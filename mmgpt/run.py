@@ -189,8 +189,9 @@ class Run:
         """
         try:
             checkpoint = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
-            self.resume_step = int(checkpoint["global_step"])
-            self.cursor = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+            loop = checkpoint["loops"]["fit_loop"]
+            self.resume_step = int(loop["epoch_loop.state_dict"]["_batches_that_stepped"])
+            self.cursor = loop["state_dict"]["combined_loader"][0]
             there = {name: list(weight.shape) for name, weight in checkpoint["state_dict"].items()}
         except Exception as error:
             raise UserError(
@@ -356,7 +357,7 @@ class Run:
     def _trainer(self, model: MultimodalGPT, validation: list[Any]) -> L.Trainer:
         settings = self.config.trainer
         self.metrics = MetricsFile(self.folder / "metrics.csv", resume_step=self.resume_step)
-        callbacks: list[L.Callback] = [Checkpointer(self.folder / "checkpoints", settings.checkpoint_every)]
+        callbacks: list[L.Callback] = [Checkpointer(self.folder / "checkpoints", self._checkpoint_every())]
         if settings.progress:
             callbacks.append(ProgressBar())
         callbacks += self._callbacks(validation)
@@ -368,7 +369,7 @@ class Run:
             max_epochs=settings.epochs,
             max_steps=settings.max_steps or -1,
             accumulate_grad_batches=settings.accumulate,
-            gradient_clip_val=self.config.optimizer.clip or None,
+            gradient_clip_val=self._clip(),
             check_val_every_n_epoch=settings.validate_every or settings.epochs,
             logger=[self.metrics, *self._extra_logger()],
             callbacks=callbacks,
@@ -380,6 +381,14 @@ class Run:
             num_sanity_val_steps=0,
             log_every_n_steps=1,
         )
+
+    def _checkpoint_every(self) -> int | None:
+        """Steps between checkpoints; None is once an epoch."""
+        return self.config.trainer.checkpoint_every
+
+    def _clip(self) -> float | None:
+        """Gradient norm that Lightning clips at."""
+        return self.config.optimizer.clip or None
 
     def _strategy(self, model: MultimodalGPT) -> Any:
         """Lightning's strategy; FSDP shards block by block and gathers whole weights for checkpoints and export."""

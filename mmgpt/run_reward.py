@@ -1,8 +1,8 @@
-"""A run that trains a reward model: what it does otherwise than a supervised one."""
+"""Runs that learn from preferences, a reward model or a policy: what they do otherwise than a supervised one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning as L
@@ -20,22 +20,25 @@ from mmgpt.evaluate.captioning import prompt_of
 from mmgpt.evaluate.ranking import Ranking, rank_batches, write_ranking
 from mmgpt.evaluate.report import Plots, plot_metrics
 from mmgpt.model.heads import RewardModel
+from mmgpt.model.language import shares_prompts
 from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.run import Run, say
 from mmgpt.stages.instruct import Instruct
+from mmgpt.stages.preference import DirectPreference
 from mmgpt.stages.reward import Reward
 
+Score = Callable[[PreferenceBatch], torch.Tensor]
 PLOTS: Plots = {
     "loss.png": ("loss per prompt", {"training": "train/loss", "validation": "val/loss"}),
     "accuracy.png": ("share of pairs ranked as people did", {"training": "train/accuracy", "validation": "val/accuracy"}),
 }
 
 
-class RewardRun(Run):
-    """A run in `config.run_dir`, which ends up holding
+class RankedRun(Run):
+    """A run on prompts with ranked answers, in `config.run_dir`, which ends up holding
 
     config.yaml, metrics.csv, loss.png, accuracy.png, calibration.png and report.md, bad_samples.jsonl where there were any,
-    checkpoints/last.ckpt, and the exported reward model in model/.
+    checkpoints/last.ckpt, and the exported model in model/.
     """
 
     def _items(self, model: MultimodalGPT, report: RejectionReport) -> tuple[list[Any], list[Any]]:
@@ -63,9 +66,6 @@ class RewardRun(Run):
         report.check(total, self.config.data.max_bad)
         return items
 
-    def _stage(self, model: MultimodalGPT) -> Instruct:
-        return Reward(RewardModel(model), self.config, None, total_steps=1)
-
     def _loaders(
         self,
         model: MultimodalGPT,
@@ -75,7 +75,7 @@ class RewardRun(Run):
         report: RejectionReport,
         trainer: L.Trainer,
     ) -> tuple[Any, Any]:
-        shared = {**self._loading(model, report, trainer), "images": stage.images, "share": _reward_model(stage).shares_prompts}
+        shared = {**self._loading(model, report, trainer), "images": stage.images, "share": shares_prompts(model.language)}
         loader = PreferenceLoader(train, self.config.data, accumulate=self.config.trainer.accumulate, **shared)
         held = PreferenceLoader(validation, self.config.data, shuffle=False, **shared) if validation else None
         return loader, held
@@ -114,41 +114,53 @@ class RewardRun(Run):
         if len(report):
             say(report.summary())
 
-    def _finish(self, model: MultimodalGPT, stage: Instruct, validation: list[Any], seconds: float) -> None:
-        """Shift the scores, export, load the export again as a user would, measure that."""
-        reward = _reward_model(stage)
-        reward.to("cpu")
-        self._shift(reward)
-        self._export(model, stage, seconds)
-        loaded = RewardModel.from_pretrained(self.folder)
+    def _report(self, model: MultimodalGPT, score: Score, stage: Instruct, validation: list[Any], seconds: float) -> None:
+        """Rank the held-out prompts and those of a second source, and write what came of it."""
         found: dict[str, Ranking] = {}
         if validation:
-            found["prompts of the same source"] = self._rank(loaded, stage, validation)
+            found["prompts of the same source"] = self._rank(model, score, stage, validation)
         if self.config.evaluate.source is not None:
             report = RejectionReport(self.folder / "bad_samples.jsonl")
             second = self._read([self.config.evaluate.source], model, report)
             known = {item.preference.key for item in self._train}
             second = [item for item in second if item.preference.key not in known]
             if second:
-                found[self.config.evaluate.source.path] = self._rank(loaded, stage, second)
+                found[self.config.evaluate.source.path] = self._rank(model, score, stage, second)
         plot_metrics(self.folder, PLOTS)
         write_ranking(self.folder, found, seconds)
         for name, ranking in found.items():
             say(f"{name}: {ranking}")
         say(f"report: {self.folder / 'report.md'}")
 
-    def _rank(self, reward: RewardModel, stage: Instruct, items: list[RankedItem]) -> Ranking:
+    def _rank(self, model: MultimodalGPT, score: Score, stage: Instruct, items: list[RankedItem]) -> Ranking:
         loader = PreferenceLoader(
             items,
             self.config.data,
-            pad_id=reward.model.tokenizer.pad_id,
+            pad_id=model.tokenizer.pad_id,
             images=stage.images,
             report=RejectionReport(None),
             seed=0,
             shuffle=False,
-            share=reward.shares_prompts,
+            share=shares_prompts(model.language),
         )
-        return rank_batches(reward, loader, None if stage.images is None else stage.images.finish)  # type: ignore[arg-type]
+        finish = None if stage.images is None else stage.images.finish
+        return rank_batches(score, loader, finish, model.device)  # type: ignore[arg-type]
+
+
+class RewardRun(RankedRun):
+    """A run that trains a reward model, with `stage: reward`."""
+
+    def _stage(self, model: MultimodalGPT) -> Instruct:
+        return Reward(RewardModel(model), self.config, None, total_steps=1)
+
+    def _finish(self, model: MultimodalGPT, stage: Instruct, validation: list[Any], seconds: float) -> None:
+        """Shift the scores, export, load the export again as a user would, measure that."""
+        assert isinstance(stage, Reward)
+        stage.model.to("cpu")
+        self._shift(stage.model)
+        self._export(model, stage, seconds)
+        loaded = RewardModel.from_pretrained(self.folder)
+        self._report(loaded.model, loaded, stage, validation, seconds)
 
     def _shift(self, reward: RewardModel) -> None:
         """Move the scores so that demonstrations have a mean of 0 (Ouyang et al. 2022, section 3.5)."""
@@ -175,6 +187,14 @@ class RewardRun(Run):
         say(f"scores shifted by {-float(scores.mean()):+.3f}, so that {len(shown)} demonstrations score 0 on average")
 
 
-def _reward_model(stage: Instruct) -> RewardModel:
-    assert isinstance(stage, Reward)
-    return stage.model
+class PreferenceRun(RankedRun):
+    """A run that trains a policy on preferences (DPO), with `stage: preference`; it ranks by the reward that a policy implies."""
+
+    def _stage(self, model: MultimodalGPT) -> Instruct:
+        return DirectPreference(model, self.config, None, total_steps=1)
+
+    def _finish(self, model: MultimodalGPT, stage: Instruct, validation: list[Any], seconds: float) -> None:
+        assert isinstance(stage, DirectPreference)
+        model.to("cpu").eval()
+        self._report(model, stage.implied, stage, validation, seconds)
+        self._export(model, stage, seconds)

@@ -15,10 +15,13 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from mmgpt.config import RunConfig, SourceConfig, check_values
 from mmgpt.errors import UsageError, run_cli
+
+if TYPE_CHECKING:
+    from mmgpt.run import Run
 
 
 def find_config(name: str) -> Path:
@@ -145,10 +148,11 @@ def explain(message: str, keys: list[str]) -> str:
         name = next(group for group in unknown.groups() if group)
         if within and not name.startswith(within[1]):
             name = f"{within[1]}.{name}"
-        leaves = {key.split(".")[-1]: key for key in keys}
-        near = difflib.get_close_matches(name, keys, 1) or [
-            leaves[leaf] for leaf in difflib.get_close_matches(name.split(".")[-1], list(leaves), 1)
-        ]
+        # Of several keys with one last word, the first: trainer.epochs rather than ppo.epochs.
+        leaves = {key.split(".")[-1]: key for key in reversed(keys)}
+        last = name.split(".")[-1]
+        near = [leaves[name]] if name in leaves else difflib.get_close_matches(name, keys, 1)
+        near = near or [leaves[leaf] for leaf in difflib.get_close_matches(last, list(leaves), 1)]
         return f"unknown key {name}" + (f": did you mean {near[0]}?" if near else "") + " (--print_config shows every key)"
     # jsonargparse indents its explanation; the first lines say what and where, the rest repeats the type. In a choice of
     # types, what is wrong comes after a list of them.
@@ -178,13 +182,49 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet()
-    if config.stage == "reward":
-        from mmgpt.run_reward import RewardRun
+    for before in runs_before(config):
+        print(f"first: {before.run_dir} ({before.stage})", file=sys.stderr, flush=True)
+        make_run(before).execute()
+    return make_run(config).execute()
 
-        return RewardRun(config).execute()
+
+def runs_before(config: RunConfig, seen: tuple[str, ...] = ()) -> list[RunConfig]:
+    """The runs that a run stands on (`first`) and whose model is not there yet, in the order to take them in.
+
+    One that was stopped goes on from its checkpoint.
+
+    Raises:
+        UsageError: a configuration that does not exist, or that stands on itself.
+    """
+    needed: list[RunConfig] = []
+    if config.show_batch or config.resume:
+        return needed
+    for name in config.first:
+        if name in seen:
+            raise UsageError(f"first: {' -> '.join((*seen, name))} goes in a circle")
+        before = parse(["--config", name])
+        folder = Path(before.run_dir)
+        if (folder / "model" / "config.json").is_file() or any(other.run_dir == before.run_dir for other in needed):
+            continue
+        before.resume = (folder / "checkpoints" / "last.ckpt").is_file()
+        needed += [run for run in runs_before(dataclasses.replace(before, resume=False), (*seen, name))]
+        needed.append(before)
+    return needed
+
+
+def make_run(config: RunConfig) -> Run:
+    """The run of a configuration's stage."""
+    if config.stage in ("reward", "preference"):
+        from mmgpt.run_reward import PreferenceRun, RewardRun
+
+        return (RewardRun if config.stage == "reward" else PreferenceRun)(config)
+    if config.stage == "ppo":
+        from mmgpt.run_ppo import PpoRun
+
+        return PpoRun(config)
     from mmgpt.run import Run
 
-    return Run(config).execute()
+    return Run(config)
 
 
 if __name__ == "__main__":

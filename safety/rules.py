@@ -17,12 +17,13 @@ whoever wants another style edits a proposition or adds examples, and fits again
     python -m safety.rules                  cross-validated accuracy, confusion, baselines (--errors lists what it misjudges)
     python -m safety.rules --fit            fit, and write data/rules_coefficients.json
     python -m safety.rules --test FILE...   the same figures on other examples
+    python -m safety.rules --prompts FILE   write prompts, half of them asking for harm, for a policy to learn from
 
 Examples are JSONL with prompt, answer, grade ("AB" in a file to test on: either is right) and category, a key of the taxonomy
 or "harmless". Exit codes: 0 done, 1 a file is broken, 2 wrong usage.
 
 Sources: the four grades are those of the GPT-4 system card, section 3.1, where a language model reads the rubric; the
-propositions and the hinge loss follow Mu et al., "Rule Based Rewards for Language Model Safety" (2024), where one answers
+propositions follow Mu et al., "Rule Based Rewards for Language Model Safety" (2024), where one answers
 each question. Here rules answer them: cheaper by orders of magnitude, blind to what no rule names, and English only.
 Needs numpy; torch only for the tensor that `RuleReward` returns.
 """
@@ -53,6 +54,7 @@ GRADES = "ABCD"
 DATA = Path(__file__).parent / "data"
 EXAMPLES = DATA / "rules.jsonl"
 COEFFICIENTS = DATA / "rules_coefficients.json"
+PAIRS = DATA / "pairs"
 L2 = 0.005
 FOLDS = 5
 
@@ -196,18 +198,19 @@ class RuleReward:
 
     Args:
         is_harmful: Says of a conversation, given as [{"role", "content": text}], whether it asks for harm: a bool, or a number of
-            which .5 and more (and NaN) count as yes. Default: `safety.Filter` at its operating point "balanced".
+            which .5 and more (and NaN) count as yes; or a file of prompts with labels (`known_prompts`). Default:
+            `safety.Filter` at its operating point "balanced".
         refusal, bad_refusal, disallowed, safe_completion: Value of A, B, C, D on a harmful prompt.
         over_refusal, bad_over_refusal, disallowed_unasked, helpful: Value of A, B, C, D on a harmless prompt.
         mixed: Added, in proportion, where an answer to a harmful prompt refuses and then helps all the same: to the grader that
             is a B, and must not be worth it.
         degenerate: Added, in proportion, where an answer is empty or repeats itself.
-        weight: Of the whole against other rewards; `hinge_weight` fits it.
+        weight: Of the whole against other rewards.
     """
 
     def __init__(
         self,
-        is_harmful: Callable[[list[dict[str, str]]], bool | float] | None = None,
+        is_harmful: Callable[[list[dict[str, str]]], bool | float] | str | Path | None = None,
         *,
         refusal: float = 1.0,
         bad_refusal: float = 0.3,
@@ -230,7 +233,7 @@ class RuleReward:
         self.mixed, self.degenerate, self.weight = mixed, degenerate, weight
         if not (np.isfinite(self.values).all() and all(map(math.isfinite, (mixed, degenerate, weight)))):
             raise ValueError("the values and weights of RuleReward must be finite numbers")
-        self._is_harmful = is_harmful
+        self._is_harmful = known_prompts(Path(is_harmful)) if isinstance(is_harmful, str | Path) else is_harmful
 
     @functools.cached_property
     def is_harmful(self) -> Callable[[list[dict[str, str]]], bool | float]:
@@ -274,64 +277,47 @@ class RuleReward:
         return self.weight * value
 
 
-def hinge_weight(
-    rule: Sequence[float] | np.ndarray,
-    learned: Sequence[float] | np.ndarray,
-    rank: Sequence[float] | np.ndarray,
-    prompt: Sequence[int] | np.ndarray | None = None,
-    *,
-    margin: float = 1.0,
-    l2: float = 0.0,
-) -> float:
-    """The weight w >= 0 with which `learned + w * rule` ranks answers as people did.
-
-    Minimises, over all pairs of answers to one prompt where one is ranked better (ties are left out),
-
-        L(w) = mean over pairs of max(0, margin + total(worse) - total(better)) + l2 * w^2,   total = learned + w * rule
-
-    (Mu et al. 2024, the fit of the RBR weights; one weight here, for the reward as a whole). L is convex and, but for the ridge,
-    piecewise linear: its slope is walked from kink to kink, so the result is exact. Where a whole stretch is optimal the
-    smallest weight of it is returned; where the rule reward cannot help, 0.
+def known_prompts(path: Path) -> Callable[[list[dict[str, str]]], bool]:
+    """What a file of prompts says of a conversation: whether its last prompt asks for harm.
 
     Args:
-        rule: [N] rule rewards.
-        learned: [N] scores of the learned reward model for the same answers.
-        rank: [N] rank of the answer among those to its prompt; smaller is better.
-        prompt: [N] which prompt the answer belongs to; default: all to one.
-        margin: By how much a better answer is to win.
-        l2: Weight of the ridge.
+        path: JSONL with `prompt` and `label` (1 asks for harm), as `--prompts` writes it.
 
     Raises:
-        ValueError: Arrays of different lengths, a number that is not finite, or no pair with a better and a worse answer.
+        RulesError: the file cannot be read, or (when it is asked) does not hold a prompt.
     """
-    rules, scores, ranks = (np.asarray(x, dtype=np.float64).ravel() for x in (rule, learned, rank))
-    groups = np.zeros(len(rules), dtype=np.int64) if prompt is None else np.asarray(prompt).ravel()
-    if not len(rules) == len(scores) == len(ranks) == len(groups):
-        raise ValueError(f"lengths differ: rule {len(rules)}, learned {len(scores)}, rank {len(ranks)}, prompt {len(groups)}")
-    for name, values in (("rule", rules), ("learned", scores), ("rank", ranks), ("margin and l2", np.array([margin, l2]))):
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} holds a number that is not finite")
-    if l2 < 0:
-        raise ValueError(f"l2 must not be negative, is {l2}")
-    better, worse = np.nonzero((groups[:, None] == groups[None, :]) & (ranks[:, None] < ranks[None, :]))
-    if not len(better):
-        raise ValueError("no pair to learn from: every answer is ranked equal to the others of its prompt")
-    gain = rules[better] - rules[worse]
-    lack = margin - (scores[better] - scores[worse])  # a pair costs max(0, lack - w * gain)
-    moving = gain != 0.0
-    gain, lack = gain[moving] / len(better), lack[moving] / len(better)
-    kinks = lack / gain if len(gain) else gain
-    # A pair with gain > 0 costs up to its kink, one with gain < 0 from its kink on: passing a kink the slope rises by |gain|.
-    slope = -float(gain[(gain > 0) & (kinks > 0)].sum()) - float(gain[(gain < 0) & (kinks <= 0)].sum())
-    low = 0.0
-    for kink, rise in sorted(zip(kinks[kinks > 0].tolist(), np.abs(gain[kinks > 0]).tolist())):
-        tolerance = 1e-12 * float(np.abs(gain).sum())
-        if slope + 2 * l2 * low >= -tolerance:
-            return low
-        if l2 > 0 and slope + 2 * l2 * kink > 0:
-            return -slope / (2 * l2)
-        slope, low = slope + rise, kink
-    return low
+    labels: dict[str, bool] = {}
+    try:
+        for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
+            row = json.loads(line)
+            labels[row["prompt"]] = bool(row["label"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RulesError(f"{path} is no file of prompts with labels ({error!r}); --prompts writes one") from None
+
+    def asks_for_harm(messages: list[dict[str, str]]) -> bool:
+        prompt = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+        if prompt not in labels:
+            raise RulesError(f"{path} does not say whether {prompt[:60]!r} asks for harm")
+        return labels[prompt]
+
+    return asks_for_harm
+
+
+def write_prompts(path: Path, held_out: int = 5) -> int:
+    """Write the contrast pairs as prompts to learn refusing from, one JSON object a line: `prompt`, `label`, `category`, `split`.
+
+    Every `held_out`-th pair is `val`, both halves of it. Returns how many prompts there are.
+    """
+    rows = []
+    for file in sorted(PAIRS.glob("*.jsonl")):
+        for number, line in enumerate(filter(str.strip, file.read_text(encoding="utf-8").split("\n"))):
+            pair = json.loads(line)
+            split = "train" if number % held_out else "val"
+            for label, key in ((1, "sensitive"), (0, "harmless")):
+                rows.append({"prompt": pair[key].strip(), "label": label, "category": pair["category"], "split": split})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return len(rows)
 
 
 # Examples, measurement
@@ -485,6 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--fit", action="store_true", help="fit on the examples and write the coefficients")
     what.add_argument("--test", nargs="+", type=Path, metavar="FILE", help="accuracy of the shipped grader on other examples")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="write the contrast pairs as prompts for `RuleReward`")
     parser.add_argument("--examples", type=Path, default=EXAMPLES, metavar="FILE", help="JSONL to fit or measure on")
     parser.add_argument("--output", type=Path, default=COEFFICIENTS, metavar="FILE", help="where --fit writes")
     parser.add_argument("--errors", action="store_true", help="list what is misjudged")
@@ -494,6 +481,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             examples = read_examples(args.examples)
             save_coefficients(fit(examples), args.output, args.examples)
             print(f"{args.output}: {len(NAMES)} propositions fitted on {len(examples)} examples")
+        elif args.prompts:
+            print(f"{args.prompts}: {write_prompts(args.prompts)} prompts")
         elif args.test:
             print("\n\n".join(measure_on(path, args.errors) for path in args.test))
         else:

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from mmgpt.config import DataConfig
-from mmgpt.data.features import ImageSource, Prepared, merge_prepared
-from mmgpt.data.loader import BatchLoader
+from mmgpt.data.features import ImageSource, merge_prepared
+from mmgpt.data.loader import BatchLoader, open_images
 from mmgpt.data.messages import Rejected
 from mmgpt.data.packing import Batch, block_mask
 from mmgpt.data.preferences import RankedItem
 from mmgpt.data.rejections import RejectionReport
-from mmgpt.errors import UserError
 
 
 @dataclass
@@ -37,6 +36,9 @@ class PreferenceBatch(Batch):
         better, worse: [P] long, places among the N answers.
         weights: [P], what each pair counts: 1 / comparisons of its prompt.
         lengths: [N] long, tokens of each answer.
+        token_rows, token_columns: [M] long, where the M tokens of all answers stand, those aside that they share with the prompt.
+        token_sources: [M] long, in the same row the token whose state predicts each of them.
+        token_answers: [M] long, the answer that each belongs to.
     """
 
     parent_ids: torch.Tensor
@@ -47,6 +49,10 @@ class PreferenceBatch(Batch):
     worse: torch.Tensor
     weights: torch.Tensor
     lengths: torch.Tensor
+    token_rows: torch.Tensor
+    token_columns: torch.Tensor
+    token_sources: torch.Tensor
+    token_answers: torch.Tensor
 
     @property
     def separate(self) -> bool:
@@ -93,6 +99,7 @@ def collate_answers(
     lengths: list[int] = []
     owners: list[int] = []
     where: list[str] = []
+    tokens_at: list[tuple[int, int, int, int]] = []
     for row in rows:
         if share:
             lines.append([])
@@ -101,6 +108,7 @@ def collate_answers(
             if share:
                 lines[-1].append((item.shared, 0, 0))
                 parent = len(lines[-1])
+                source = _filled(lines[-1]) - 1
                 images += item.images
             for branch in item.branches:
                 if share:
@@ -108,13 +116,19 @@ def collate_answers(
                 else:
                     lines.append([(item.shared + branch, 0, 0)])
                     images += item.images
-                ends.append((len(lines) - 1, sum(len(tokens) for tokens, _, _ in lines[-1]) - 1))
+                    source = len(item.shared) - 1
+                end = _filled(lines[-1])
+                for column in range(end - len(branch), end):
+                    # The first token of an answer follows its prompt, wherever that stands; the others follow each other.
+                    before = source if column == end - len(branch) else column - 1
+                    tokens_at.append((len(lines) - 1, column, before, len(ends)))
+                ends.append((len(lines) - 1, end - 1))
             weight = 1 / item.preference.compared
             pairs += [(first + better, first + worse, weight) for better, worse in item.preference.pairs]
             lengths += item.lengths
             owners += [len(where)] * len(item.branches)
             where.append(item.preference.where)
-    shape = (max(1, len(lines)), max((sum(len(tokens) for tokens, _, _ in line) for line in lines), default=1))
+    shape = (max(1, len(lines)), max(map(_filled, lines), default=1))
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     position_ids, segment_ids, parent_ids = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     for number, line in enumerate(lines):
@@ -143,7 +157,16 @@ def collate_answers(
         worse=torch.tensor([worse for _, worse, _ in pairs], dtype=torch.long),
         weights=torch.tensor([weight for _, _, weight in pairs], dtype=torch.float),
         lengths=torch.tensor(lengths, dtype=torch.long),
+        token_rows=torch.tensor([place[0] for place in tokens_at], dtype=torch.long),
+        token_columns=torch.tensor([place[1] for place in tokens_at], dtype=torch.long),
+        token_sources=torch.tensor([place[2] for place in tokens_at], dtype=torch.long),
+        token_answers=torch.tensor([place[3] for place in tokens_at], dtype=torch.long),
     )
+
+
+def _filled(line: Sequence[tuple[list[int], int, int]]) -> int:
+    """Tokens of a line's segments."""
+    return sum(len(tokens) for tokens, _, _ in line)
 
 
 class PreferenceLoader(BatchLoader):
@@ -174,23 +197,10 @@ class PreferenceLoader(BatchLoader):
     def collate(
         self, rows: Sequence[Sequence[RankedItem]], rng: random.Random, divisor: int
     ) -> tuple[PreferenceBatch, list[Rejected]]:
-        kept: list[list[RankedItem]] = []
-        prepared: list[Prepared] = []
-        rejected: list[Rejected] = []
-        for row in rows:
-            usable = []
-            for item in row:
-                try:
-                    if item.images and self.images is not None:
-                        opened = self.images.prepare(item.images, rng)
-                        prepared += [opened] * (1 if self.share else len(item.branches))
-                except UserError as error:
-                    reason = getattr(error, "reason", "broken_image")
-                    rejected.append(Rejected(reason, item.preference.where, str(error)))
-                else:
-                    usable.append(item)
-            if usable:
-                kept.append(usable)
+        kept, opened, rejected = open_images(rows, self.images, rng, lambda item: (item.images, item.preference.where))
         batch = collate_answers(kept, self.pad_id, share=self.share, prompts=divisor)
-        batch.images = merge_prepared(prepared)
+        # An answer in a row of its own has its own copy of the prompt's images.
+        pairs = zip((item for row in kept for item in row), opened)
+        copies = [(part, 1 if self.share else len(item.branches)) for item, part in pairs if part is not None]
+        batch.images = merge_prepared([part for part, count in copies for _ in range(count)])
         return batch, rejected

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from mmgpt.config import DataConfig, SourceConfig
 from mmgpt.data.features import ImageSource, Prepared, merge_prepared
@@ -19,6 +19,7 @@ from mmgpt.data.template import Encoded
 from mmgpt.errors import UserError
 
 Encode = Callable[[Sequence[Message]], Encoded]
+T = TypeVar("T")
 
 
 @dataclass
@@ -90,22 +91,7 @@ def build_batch(
         The batch, and the samples left out because an image is broken. Where nothing is left, the batch holds one pad token and
         no target: it takes its place among the batches of its step, and every rank takes as many.
     """
-    kept: list[list[Item]] = []
-    prepared: list[Prepared] = []
-    rejected: list[Rejected] = []
-    for row in rows:
-        usable = []
-        for item in row:
-            try:
-                if item.encoded.images and images is not None:
-                    prepared.append(images.prepare(item.encoded.images, rng))
-            except UserError as error:
-                reason = getattr(error, "reason", "broken_image")
-                rejected.append(Rejected(reason, item.sample.where, str(error)))
-            else:
-                usable.append(item)
-        if usable:
-            kept.append(usable)
+    kept, prepared, rejected = open_images(rows, images, rng, lambda item: (item.encoded.images, item.sample.where))
     if not kept:
         blank = collate([[Encoded([pad_id], [False], [])]], pad_id, target_count=target_count)
         blank.images, blank.samples = merge_prepared([]), 0
@@ -114,8 +100,44 @@ def build_batch(
     batch = collate([[item.encoded for item in row] for row in kept], pad_id, where=where, target_count=target_count)
     if batch.supervised == 0:
         raise UserError(f"no supervised token in a batch ({', '.join(where[:3])}): nothing can be learnt from it")
-    batch.images = merge_prepared(prepared)
+    batch.images = merge_prepared([part for part in prepared if part is not None])
     return batch, rejected
+
+
+def open_images(
+    rows: Sequence[Sequence[T]],
+    images: ImageSource | None,
+    rng: random.Random,
+    describe: Callable[[T], tuple[Sequence[Any], str]],
+) -> tuple[list[list[T]], list[Prepared | None], list[Rejected]]:
+    """Open the images of samples, and leave out the samples whose images are broken.
+
+    Args:
+        rows: Samples by row.
+        images: Opens images, looks features up; None opens nothing.
+        rng: Draws augmentations.
+        describe: A sample's images, and its place for messages.
+
+    Returns:
+        The rows that are left; for each of their samples in order what was opened (None: no image); and the samples left out.
+    """
+    kept: list[list[T]] = []
+    prepared: list[Prepared | None] = []
+    rejected: list[Rejected] = []
+    for row in rows:
+        usable = []
+        for item in row:
+            references, where = describe(item)
+            try:
+                opened = images.prepare(references, rng) if references and images is not None else None
+            except UserError as error:
+                rejected.append(Rejected(getattr(error, "reason", "broken_image"), where, str(error)))
+            else:
+                usable.append(item)
+                prepared.append(opened)
+        if usable:
+            kept.append(usable)
+    return kept, prepared, rejected
 
 
 def _origin(sample: Sample) -> str:

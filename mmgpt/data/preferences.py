@@ -182,6 +182,25 @@ def _is_number(value: Any) -> bool:
 # Prompts and sides
 
 
+def asked_in(row: Row) -> list[Message] | None:
+    """The prompt of a row that has one: of preferences of any form, or of a `prompt` or `instruction` alone; else None.
+
+    Raises:
+        MessageError: it has one that breaks the form.
+    """
+    fields = row.fields
+    if fields.get("chosen") is not None and fields.get("rejected") is not None:
+        return _two_sides(row)[0]
+    if any(fields.get(name) is not None for name in ("prompt", "instruction")):
+        return _prompt(row, _asked(fields))
+    if any(fields.get(name) is not None for name in ("answers", "completions")) and fields.get("question") is None:
+        return _prompt(row, _asked(fields))
+    turns = fields.get("messages")
+    if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping) and turns[-1].get("role") == "user":
+        return _prompt(row, turns)
+    return None
+
+
 def _asked(fields: Mapping[str, Any]) -> Any:
     for name in _PROMPTS:
         if fields.get(name) is not None:

@@ -40,6 +40,9 @@ READERS: dict[str, Callable[[str, SourceConfig], Iterator[Row | Rejected]]] = {
     "datasets": read_datasets,
 }
 
+MADE_UP = ("shapes", "letters")
+"""Sources that the project makes up itself."""
+
 _MARKER = re.compile(r"\n?<image>\n?")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -189,7 +192,7 @@ def _one_pass(
         if isinstance(item, Rejected):
             yield item
         else:
-            yield from _samples(item, source, seed)
+            yield from samples_of(item, source, seed)
 
 
 def _rows(
@@ -209,7 +212,7 @@ def _rows(
         raise UsageError(f"{source.path} has no row with split {source.split!r}: {there}")
 
 
-def _samples(row: Row, source: SourceConfig, seed: str) -> Iterator[Sample | Rejected]:
+def samples_of(row: Row, source: SourceConfig, seed: str) -> Iterator[Sample | Rejected]:
     """The samples of one row: a conversation, a question with its answer, or captions."""
     fields = row.fields
     try:

@@ -6,7 +6,7 @@ Letters in shapes: N answers, P pairs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,9 @@ from mmgpt.evaluate.captioning import Score
 from mmgpt.evaluate.report import replacing
 
 if TYPE_CHECKING:
+    import torch
+
     from mmgpt.data.branching import PreferenceBatch
-    from mmgpt.model.heads import RewardModel
 
 RESAMPLES = 1000
 
@@ -110,25 +111,27 @@ def _means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return (np.bincount(numbers, values) / np.bincount(numbers))[numbers]
 
 
-def rank_batches(model: RewardModel, batches: Iterable[PreferenceBatch], finish: Any) -> Ranking:
+def rank_batches(
+    score: Callable[[PreferenceBatch], torch.Tensor], batches: Iterable[PreferenceBatch], finish: Any, device: torch.device
+) -> Ranking:
     """Score the answers of batches.
 
     Args:
-        model: The reward model.
+        score: Gives the answers of a batch their scores [N]: a `RewardModel` in eval mode, or what a policy implies.
         batches: Of a `PreferenceLoader`.
         finish: Turns a batch's prepared images into what the model takes (`ImageSource.finish`); None for text alone.
+        device: Where `score` computes.
     """
     import torch
 
     parts: list[list[np.ndarray]] = []
     answers = prompts = 0
-    model.eval()
     for batch in batches:
         if not len(batch.rows):
             continue
         batch.images = finish(batch.images) if finish is not None else None
         with torch.inference_mode():
-            scores = model(batch.to(model.model.device)).float().cpu()
+            scores = score(batch.to(device)).float().cpu()  # type: ignore[arg-type]
         # Answers of one prompt stand together, as many as its pairs name.
         owners = batch.owners + prompts
         pairs = [(places + answers).numpy() for places in (batch.better, batch.worse)]

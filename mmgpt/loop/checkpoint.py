@@ -89,7 +89,7 @@ class Checkpointer(L.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
-        self._due |= self.every is not None and trainer.global_step % self.every == 0
+        self._due |= self.every is not None and logged_steps(trainer) % self.every == 0
         if trainer.is_last_batch:
             return  # `on_train_epoch_end` comes next
         stop = self._asked_to_stop(trainer)
@@ -113,7 +113,7 @@ class Checkpointer(L.Callback):
         return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
 
     def _stop(self, trainer: L.Trainer) -> None:
-        raise Stopped(f"stopped after step {trainer.global_step}, everything is saved; {self._how_to_go_on()}")
+        raise Stopped(f"stopped after step {logged_steps(trainer)}, everything is saved; {self._how_to_go_on()}")
 
     def save(self, trainer: L.Trainer, *, epoch_done: bool) -> None:
         """Write the checkpoint beside its place and rename it, after metrics.csv is up to date with it.
@@ -129,12 +129,12 @@ class Checkpointer(L.Callback):
         if trainer.global_step == self._saved_at:
             return
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        settle_loops(checkpoint["loops"]["fit_loop"], steps=trainer.global_step, epoch_done=epoch_done)
+        settle_loops(checkpoint["loops"]["fit_loop"], steps=logged_steps(trainer), epoch_done=epoch_done)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 # Lightning logs a step after its last hook: by then this checkpoint counts it as taken.
                 values = {name: float(x) for name, x in trainer.callback_metrics.items() if name.startswith("train/")}
-                logger.log_metrics({"epoch": trainer.current_epoch, **values}, trainer.global_step - 1)
+                logger.log_metrics({"epoch": trainer.current_epoch, **values}, logged_steps(trainer) - 1)
                 logger.flush()
         if trainer.is_global_zero:
             self._write(checkpoint)
@@ -169,6 +169,13 @@ class Checkpointer(L.Callback):
         self._random = state_dict
 
 
+def logged_steps(trainer: L.Trainer) -> int:
+    """Rows of metrics.csv up to here: optimizer steps; iterations, where a stage takes several optimizer steps in each."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+
 def settle_loops(fit_loop: dict[str, Any], *, steps: int, epoch_done: bool) -> None:
     """Bring the counters of Lightning's fit loop to where they stand between two batches, or between two epochs.
 
@@ -178,7 +185,7 @@ def settle_loops(fit_loop: dict[str, Any], *, steps: int, epoch_done: bool) -> N
 
     Args:
         fit_loop: `checkpoint["loops"]["fit_loop"]`, changed in place.
-        steps: Optimizer steps taken.
+        steps: Optimizer steps taken, or iterations of a stage that steps by itself (`logged_steps`).
         epoch_done: Whether the epoch is over.
     """
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]

@@ -9,6 +9,8 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mmgpt.loop.checkpoint import logged_steps
+
 
 class ProgressBar(L.Callback):
     """A rich bar over the whole run on a terminal; a line every tenth of it elsewhere."""
@@ -20,7 +22,7 @@ class ProgressBar(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.total = int(trainer.estimated_stepping_batches)
-        self.shown = trainer.global_step
+        self.shown = logged_steps(trainer)
         if not self.console.is_terminal or not trainer.is_global_zero:
             return
         self.bar = Progress(
@@ -32,21 +34,22 @@ class ProgressBar(L.Callback):
             TimeRemainingColumn(),
             console=self.console,
         )
-        self.task = self.bar.add_task("training", total=self.total, completed=trainer.global_step, note="")
+        self.task = self.bar.add_task("training", total=self.total, completed=self.shown, note="")
         self.bar.start()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         metrics = trainer.callback_metrics
-        step = trainer.global_step
+        step = logged_steps(trainer)
         if step == self.shown:
             return  # in the middle of an accumulation
         self.shown = step
-        note = (
-            f"loss {float(metrics.get('train/loss', 0)):.3f}  {float(metrics.get('train/samples_per_s', 0)):.1f} samples/s  "
-            f"{float(metrics.get('train/tokens_per_s', 0)):.0f} tokens/s"
-        )
+        known = [name for name in ("loss", "score", "kl") if f"train/{name}" in metrics]
+        shown = [f"{name} {float(metrics[f'train/{name}']):.3f}" for name in known]
+        rates = ("samples_per_s", "samples/s", ".1f"), ("tokens_per_s", "tokens/s", ".0f")
+        shown += [f"{float(metrics.get(f'train/{name}', 0)):{digits}} {unit}" for name, unit, digits in rates]
+        note = "  ".join(shown)
         if self.bar is not None:
             self.bar.update(self.task, completed=step, note=note)
         elif trainer.is_global_zero and (step % max(1, self.total // 10) == 0 or step == self.total):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -43,8 +45,32 @@ def merge_lora(module: nn.Module) -> None:
     for name, layer in list(module.named_modules()):
         if isinstance(layer, LoraLayer):
             adapted: Any = layer
+            weight = adapted.get_base_layer().weight
+            kept = weight.dtype
+            # Added up in single precision, and rounded once.
+            weight.data = weight.data.float()
             adapted.merge(safe_merge=True)
+            weight.data = weight.data.to(kept)
             parent_name, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent_name), child, adapted.get_base_layer())
     # peft's note that there are adapters: it would warn of a second set when the next run adds its own.
     module.__dict__.pop("peft_config", None)
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """The module as it was before its adapters learnt anything: policy and reference share the weights that both stand on."""
+    from peft.tuners.lora import LoraLayer
+
+    adapted: list[Any] = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    learnt = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    for layer in adapted:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in adapted:
+            layer.enable_adapters(True)
+        # peft lets every adapter learn that it turns on.
+        for parameter, learns in learnt.items():
+            parameter.requires_grad_(learns)

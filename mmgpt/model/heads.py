@@ -69,11 +69,6 @@ class RewardModel(nn.Module):
     def language(self) -> nn.Module:
         return self.model.language
 
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether answers may share their prompt's tokens: a sliding window counts places in a row, not positions."""
-        return getattr(self.model.language.config, "sliding_window", None) is None
-
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """[N] scores in fp32 of the answers of a batch whose `images` are tensors."""
         return self.head(self.model.hidden(batch)[batch.rows, batch.columns])

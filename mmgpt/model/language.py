@@ -31,8 +31,8 @@ def load_tokenizer(config: LanguageConfig) -> Tokenizer:
     return Tokenizer.load(artifacts.resolve(config.tokenizer or config.name, kind="language"))
 
 
-def load_language(config: LanguageConfig, tokenizer: Tokenizer) -> PreTrainedModel:
-    """The language model a configuration names, in fp32.
+def load_language(config: LanguageConfig, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The language model a configuration names, in single precision; in another where it is only to answer.
 
     Raises:
         UserError: the part cannot be found or read.
@@ -47,7 +47,7 @@ def load_language(config: LanguageConfig, tokenizer: Tokenizer) -> PreTrainedMod
     try:
         with _no_progress_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+                folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
             )
     except Exception as error:
         raise UserError(f"{folder} is not a language model that transformers reads: {error}") from error
@@ -195,6 +195,11 @@ def hidden_states(
     masks = None if mask is None else _layer_masks(language.config, mask)
     # With a cache transformers would rebuild its own mask and leak between packed samples.
     return base(inputs_embeds=embeds, position_ids=position_ids, attention_mask=masks, use_cache=False).last_hidden_state
+
+
+def shares_prompts(language: PreTrainedModel) -> bool:
+    """Whether answers in one row may share their prompt: a sliding window counts places in a row, not positions."""
+    return getattr(language.config, "sliding_window", None) is None
 
 
 def _layer_masks(config: Any, mask: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:

@@ -25,12 +25,13 @@ def load_for_answering(path: str | Path, *, device: str = "auto", precision: str
         raise UsageError(f"precision {precision!r}: choose auto, fp32, bf16, fp16 or int8")
     machine.set_threads()
     place = machine.pick_device(device)
-    model = MultimodalGPT.from_pretrained(path)
     if precision == "auto":
         precision = "bf16" if place.type == "cuda" and machine.has_bf16(place) else "fp32"
     if precision in ("fp16", "int8") and place.type != "cpu":
         raise UsageError(f"precision {precision} is for the CPU; a GPU is faster in bf16")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = MultimodalGPT.from_pretrained(path, dtype=dtype)
+    _return_freed_memory()
     model.to(place, dtype)
     release = place.type == "cpu" and precision != "fp32"
     model.decoder = Decoder.from_language(model.language, precision, release=release)  # type: ignore[arg-type]
@@ -39,6 +40,6 @@ def load_for_answering(path: str | Path, *, device: str = "auto", precision: str
 
 
 def _return_freed_memory() -> None:
-    """Give the system back what the decoder freed when it joined matrices; glibc keeps such holes, 240 MB for a model of 135M."""
+    """Give the system back what reading and joining weights freed; glibc keeps such holes, 240 MB for a model of 135M."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

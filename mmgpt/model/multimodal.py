@@ -391,8 +391,12 @@ class MultimodalGPT(nn.Module):
         return self.config.language.lora.rank if part == "language" else 0
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> MultimodalGPT:
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> MultimodalGPT:
         """Read a model that `save_pretrained` wrote, or the exported model of a run folder; adapters are merged.
+
+        Args:
+            folder: Where it is.
+            dtype: Of the parts that are found by name, which then never stand in memory in single precision.
 
         Raises:
             UserError: the folder holds no model, or its weights do not fit its configuration.
@@ -411,13 +415,14 @@ class MultimodalGPT(nn.Module):
             raise UserError(f"{folder} does not hold a complete mmgpt model (was it cut short?): {error}") from error
         tokenizer = Tokenizer.load(folder)
         vision = projector = None
+        if config.vision is not None:
+            vision = load_vision(config.vision, info=description["vision_info"] if "vision" in altered else None).to(dtype)
         if "language" in altered:
             with init_empty_weights(include_buffers=False):
                 language = make_language(description["language_info"], tokenizer, initialize=False)
         else:
-            language = load_language(config.language, tokenizer)
-        if config.vision is not None:
-            vision = load_vision(config.vision, info=description["vision_info"] if "vision" in altered else None)
+            language = load_language(config.language, tokenizer, dtype)
+        if vision is not None:
             hidden = width_of(language)
             projector = make_projector(config.projector, grid=vision.grid, width=vision.width, hidden=hidden)
         model = cls(config, tokenizer, language, vision, projector)

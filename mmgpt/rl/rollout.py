@@ -58,6 +58,19 @@ class Rollout:
         """[N] tokens of each answer."""
         return self.mask.sum(1)
 
+    def select(self, rows: Sequence[int]) -> Rollout:
+        """Some of the answers, in the order asked for."""
+        chosen = list(rows)
+        return Rollout(
+            prompts=[self.prompts[row] for row in chosen],
+            encoded=[self.encoded[row] for row in chosen],
+            tokens=self.tokens[chosen],
+            mask=self.mask[chosen],
+            log_probs=self.log_probs[chosen],
+            ended=self.ended[chosen],
+            texts=[self.texts[row] for row in chosen],
+        )
+
     def minibatch(self, rows: Sequence[int], pad_id: int) -> tuple[Batch, Tensor]:
         """Prompts with their answers, padded on the right, for the model's own forward.
 
@@ -173,10 +186,13 @@ def _canonical(model: MultimodalGPT, prompt: Any, number: int) -> list[Message]:
 
 
 def _uniform(seed: int | str, row: int, count: int) -> Tensor:
-    """The random numbers of one answer; the digest keeps neighbouring seeds and rows apart."""
-    digest = hashlib.sha256(f"{seed}/{row}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-    return torch.rand(count, generator=generator, dtype=torch.float64)
+    """The random numbers of one answer."""
+    return torch.rand(count, generator=seeded(f"{seed}/{row}"), dtype=torch.float64)
+
+
+def seeded(name: str) -> torch.Generator:
+    """A generator for a name; a digest keeps those of neighbouring names apart."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
 
 
 def _batches(lengths: Sequence[int], samples: int, batch_size: int) -> list[list[int]]:

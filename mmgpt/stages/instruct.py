@@ -21,11 +21,11 @@ from mmgpt.stages.optimizer import freeze, make_optimizer
 
 
 def stage_rates(config: RunConfig) -> dict[str, float]:
-    """Learning rate by part; `align` freezes all but the projector, `reward` has a head."""
+    """Learning rate by part; `align` freezes all but the projector; `reward` and `ppo` have a head, or a value network."""
     rates = {part: float(getattr(config.optimizer.lr, part)) for part in ("vision", "projector", "language")}
     if config.stage == "align":
         rates.update(vision=0.0, language=0.0)
-    if config.stage == "reward":
+    if config.stage in ("reward", "ppo"):
         head = config.optimizer.lr.head
         rates["head"] = rates["language"] if head is None else head
     return rates

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import safety
 from safety import propositions as see
 from safety import rules
-from safety.rules import RuleReward, RulesError, grade, hinge_weight
+from safety.rules import RuleReward, RulesError, grade, main
 
 HARM = "How do I build a pipe bomb?"
 HARMLESS = "How do I bake a cake?"
@@ -420,61 +420,26 @@ def test_reward_refuses_nonsense():
         RuleReward(_harmful, weight=math.inf)
 
 
-# The weight
+# Prompts to learn refusing from
 
 
-def test_hinge_weight_in_closed_form():
-    # One pair: the learned model prefers the worse one by 1, the rule the better one by 2: max(0, 1 + 1 - 2 w) is 0 from w = 1.
-    assert hinge_weight([2, 0], [0, 1], [0, 1]) == pytest.approx(1.0)
-    assert hinge_weight([2, 0], [0, 1], [0, 1], margin=3.0) == pytest.approx(2.0)
-    # With a ridge: d/dw (2 - 2 w + w^2 / 2) = 0 at w = 2, beyond the kink; with l2 = 2 at w = 1/2.
-    assert hinge_weight([2, 0], [0, 1], [0, 1], l2=0.5) == pytest.approx(1.0)
-    assert hinge_weight([2, 0], [0, 1], [0, 1], l2=2.0) == pytest.approx(0.5)
-    # A rule that is wrong, or says nothing, or a learned reward that is right by the margin already: no weight.
-    assert hinge_weight([0, 2], [0, 0], [0, 1]) == 0
-    assert hinge_weight([1, 1], [0, 0], [0, 1]) == 0
-    assert hinge_weight([2, 0], [5, 0], [0, 1]) == 0
+def test_prompts_come_with_what_they_ask_for(tmp_path):
+    path = tmp_path / "runs" / "prompts.jsonl"
+    assert main(["--prompts", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert {row["split"] for row in rows} == {"train", "val"} and sum(row["label"] for row in rows) * 2 == len(rows)
+    by_label = {row["label"]: row["prompt"] for row in rows}
+    told = RuleReward(path)
+    prompts = [[{"role": "user", "content": by_label[label]}] for label in (1, 0)]
+    refused = told(prompts, [REFUSAL, REFUSAL])
+    assert refused[0] > 0.8 and refused[1] < 0
+    with pytest.raises(RulesError, match="does not say whether 'something else'"):
+        told([[{"role": "user", "content": "something else"}]], ["x"])
 
 
-def test_hinge_weight_leaves_out_ties_and_other_prompts():
-    # The third answer ties with the first and beats the second by more than the margin already: nothing changes.
-    assert hinge_weight([2, 0, 7], [0, 1, 3], [0, 1, 0]) == pytest.approx(1.0)
-    # It would cost if it were compared with the others, but it answers another prompt.
-    assert hinge_weight([2, 0, 9], [0, 1, 0], [0, 1, 1]) == 0
-    assert hinge_weight([2, 0, 9], [0, 1, 0], [0, 1, 1], prompt=[4, 4, 7]) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="no pair"):
-        hinge_weight([1, 2], [0, 0], [1, 1])
-    with pytest.raises(ValueError, match="no pair"):
-        hinge_weight([1, 2], [0, 0], [0, 1], prompt=[0, 1])
-    with pytest.raises(ValueError, match="lengths differ"):
-        hinge_weight([1, 2], [0], [0, 1])
-    with pytest.raises(ValueError, match="not finite"):
-        hinge_weight([1, math.nan], [0, 0], [0, 1])
-    with pytest.raises(ValueError, match="l2"):
-        hinge_weight([1, 2], [0, 0], [0, 1], l2=-1)
-
-
-quarters = st.integers(-8, 8).map(lambda n: n / 4)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.tuples(quarters, quarters, st.integers(0, 3), st.integers(0, 2)), min_size=2, max_size=9),
-    st.sampled_from([0.0, 0.1, 1.0]),
-)
-def test_hinge_weight_is_no_worse_than_any_other_weight(rows, l2):
-    rule, learned, rank, prompt = map(list, zip(*rows))
-    pairs = [(i, j) for i in range(len(rows)) for j in range(len(rows)) if prompt[i] == prompt[j] and rank[i] < rank[j]]
-    if not pairs:
-        return
-
-    def loss(w):
-        cost = [max(0.0, 1 + learned[j] + w * rule[j] - learned[i] - w * rule[i]) for i, j in pairs]
-        return sum(cost) / len(pairs) + l2 * w * w
-
-    found = hinge_weight(rule, learned, rank, prompt, l2=l2)
-    grid = np.linspace(0, 40, 321)
-    assert found >= 0
-    assert loss(found) <= min(map(loss, grid)) + 1e-9
-    if l2 == 0 and found > 0:  # and no smaller weight does as well
-        assert loss(found * 0.99) > loss(found)
+def test_a_file_that_is_none_of_prompts_is_refused(tmp_path):
+    with pytest.raises(RulesError, match="--prompts writes one"):
+        RuleReward(str(tmp_path / "nothing.jsonl"))
+    (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(RulesError, match="is no file of prompts"):
+        RuleReward(tmp_path / "broken.jsonl")
