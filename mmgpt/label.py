@@ -1,352 +1,265 @@
-"""`python -m mmgpt.label`: people say which answer is better, as InstructGPT's labellers did (Ouyang et al. 2022, section 3.4).
+"""Rank answers, or write better ones, at the terminal: `python -m mmgpt.label --labeller ann --prompts FILE`.
 
-    python -m mmgpt.label --prompts prompts.jsonl --output labels.jsonl --labeller anna                answers stand in the file
-    python -m mmgpt.label --prompts prompts.jsonl --output labels.jsonl --model runs/rlhf-text --samples 4   the model draws them
-    python -m mmgpt.label --agreement anna.jsonl ben.jsonl
+    prompts with answers, or answers drawn from a model -> shown in random order -> ranking or demonstration -> one line of JSON
 
-A prompt is shown, and where its pictures are, then its answers in random order. Typed are:
-
-    2 > 1 = 3 > 4     a ranking, best first, `=` for a tie; every answer once
-    d TEXT            an answer of one's own, written better (a demonstration)
-    s                 skip        q   stop; what was judged is kept
-
-The output is JSON lines: {"prompt", "answers", "ranks", "labeller", "order"} is what `data.train` of a reward model reads,
-{"messages", "labeller"} what one of a supervised model reads. A prompt that this labeller judged in this file is not shown again.
-`order` is the order of showing, so that a preference for what comes first can be looked for.
-
-Exit codes: 0 done, 1 failure, 2 wrong usage, 130 Ctrl-C (what was judged is kept).
+What is written is read by the stages as it is: rankings by `reward` and `preference`, demonstrations by `instruct`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import contextlib
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.text import Text
 
 from mmgpt.config import SourceConfig
-from mmgpt.data.images import image_name
-from mmgpt.data.messages import Message, MessageError, Rejected, images_of, text_of
-from mmgpt.data.preferences import prompt_key
-from mmgpt.data.prompts import Prompt, read_prompts
-from mmgpt.data.readers import json_records
-from mmgpt.errors import UsageError, UserError, run_cli, write_output
+from mmgpt.data.labels import Labels, RankingError, Task, different, format_ranking, parse_ranking, read_tasks
+from mmgpt.data.messages import Rejected
+from mmgpt.data.preferences import MOST_ANSWERS
+from mmgpt.errors import UsageError, UserError, run_cli
+from mmgpt.evaluate.agreement import compare, read_judgements
+
+HELP = """\
+2 > 1 = 3     answer 2 is the best, 1 and 3 are equally good; every answer once
+d TEXT        write the answer yourself; d alone: several lines, the last of them a single dot
+s             skip this prompt; it comes again next time
+q             leave (so does Ctrl-D); what was judged is saved already"""
+
+EPILOG = """\
+FILE holds one JSON object a line: {"prompt": "..."} or {"messages": [...]}, with images where there are any, and with "answers"
+to be ranked, or without (--model draws them then). Whatever the stages read will do, too (docs/data.md, docs/rlhf.md).
+
+exit codes: 0 done or left, 1 failure, 2 wrong usage, 130 Ctrl-C. Judgements are on the disk as soon as they are made."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """A prompt with the answers to rank."""
-
-    prompt: Prompt
-    answers: list[str]
-
-
-# Rankings
-
-
-def parse_ranking(text: str, count: int) -> list[int]:
-    """`2 > 1 = 3` -> the rank of each answer in its place, 1 the best: [2, 1, 2].
-
-    Args:
-        text: What was typed.
-        count: Answers there are.
-
-    Raises:
-        ValueError: says what is wrong with it.
-    """
-    places = [[part.strip() for part in group.split("=")] for group in text.split(">")]
-    numbers = [part for group in places for part in group]
-    if "" in numbers:
-        raise ValueError(f"a number is missing; write for example {' > '.join(map(str, range(1, count + 1)))}")
-    if wrong := next((part for part in numbers if not re.fullmatch(r"[0-9]+", part)), None):
-        raise ValueError(f"{wrong!r} is no number of an answer")
-    found = [int(part) for part in numbers]
-    if outside := [number for number in found if not 1 <= number <= count]:
-        raise ValueError(f"there is no answer {outside[0]}: they are 1 to {count}")
-    if twice := [number for number in found if found.count(number) > 1]:
-        raise ValueError(f"answer {twice[0]} stands there twice")
-    if missing := [number for number in range(1, count + 1) if number not in found]:
-        raise ValueError(f"answer {missing[0]} is missing; every answer needs its place")
-    ranks = [0] * count
-    for rank, group in enumerate(places, start=1):
-        for part in group:
-            ranks[int(part) - 1] = rank
-    return ranks
-
-
-def format_ranking(ranks: Sequence[int]) -> str:
-    """The ranking that `parse_ranking` reads as these ranks."""
-    groups: dict[int, list[str]] = {}
-    for number, rank in enumerate(ranks, start=1):
-        groups.setdefault(rank, []).append(str(number))
-    return " > ".join(" = ".join(groups[rank]) for rank in sorted(groups))
-
-
-# What there is to judge
-
-
-def read_tasks(source: SourceConfig) -> tuple[list[Task], list[Rejected]]:
-    """Prompts of a source; where its rows hold `answers` (or `completions`), with them."""
-    answers: dict[str, list[str]] = {}
-    if os.path.isfile(source.path):
-        for where, record in json_records(Path(source.path)):
-            listed = record.get("answers", record.get("completions")) if isinstance(record, dict) else None
-            if isinstance(listed, list):
-                answers[where] = list(dict.fromkeys(text.strip() for text in listed if isinstance(text, str) and text.strip()))
-    tasks, rejected, seen = [], [], set()
-    for found in read_prompts(source):
-        if isinstance(found, Rejected):
-            rejected.append(found)
-        elif (key := prompt_key(found.messages)) not in seen:
-            seen.add(key)
-            tasks.append(Task(found, answers.get(found.where, [])))
-    return tasks, rejected
-
-
-def draw_answers(tasks: Sequence[Task], model_path: str, samples: int, *, seed: int, max_new_tokens: int) -> Iterator[Task]:
-    """The tasks with answers that a model draws, a few prompts at a time so that nobody waits for all of them."""
-    from mmgpt.model.multimodal import MultimodalGPT
+def drawer(args: argparse.Namespace) -> Callable[[Task], list[str]]:
+    """Draws the answers to a prompt; the same ones for the same prompt and seed, whatever was asked before."""
+    import mmgpt
     from mmgpt.rl.rollout import draw
 
-    model = MultimodalGPT.from_pretrained(model_path)
-    for start in range(0, len(tasks), 4):
-        part = tasks[start : start + 4]
-        prompts = [task.prompt.messages for task in part]
-        drawn = draw(model, prompts, samples=samples, max_new_tokens=max_new_tokens, seed=f"{seed}/{start}")
-        for number, task in enumerate(part):
-            texts = (text.strip() for text in drawn.texts[number * samples : (number + 1) * samples])
-            yield Task(task.prompt, [*task.answers, *dict.fromkeys(text for text in texts if text)])
+    model = mmgpt.load(args.model, device=args.device)
 
+    def answers(task: Task) -> list[str]:
+        drawn = draw(
+            model, [task.messages], samples=args.samples, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+            seed=f"{args.seed}/{task.id}",
+        )  # fmt: skip
+        return different(drawn.texts)
 
-# Labels
-
-
-class Labels:
-    """The labels of a file, to which judgements are added one whole line at a time.
-
-    Args:
-        path: The file; need not be there yet.
-        labeller: Who judges.
-
-    Raises:
-        UserError: it holds something else.
-    """
-
-    def __init__(self, path: Path, labeller: str):
-        self.path, self.labeller = path, labeller
-        self.done = {key for key, row in read_labels(path) if row.get("labeller") == labeller} if path.exists() else set()
-
-    def add(self, prompt: Prompt, row: dict[str, Any]) -> None:
-        """Write a judgement down, to the disk and not just to its cache. Raises UserError where the disk refuses."""
-        line = json.dumps({**row, "labeller": self.labeller, "key": prompt_key(prompt.messages)}, ensure_ascii=False) + "\n"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                file.write(line.encode("utf-8", "backslashreplace"))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}; make room, then start again") from error
-        self.done.add(prompt_key(prompt.messages))
-
-
-def read_labels(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key of the prompt, and row. Raises UserError for a file that holds something else, with the line."""
-    if not path.is_file():
-        raise UsageError(f"no such file: {path}")
-    for where, row in json_records(path):
-        if not isinstance(row, dict) or not isinstance(row.get("key"), str):
-            raise UserError(f"{where} is no label of this tool; name another file, or move this one away")
-        yield row["key"], row
-
-
-def portable(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """A prompt as JSON: pictures by their paths."""
-    rows = []
-    for message in messages:
-        parts = [
-            {"type": "image", "image": image_name(part["image"])} if part["type"] == "image" else dict(part)
-            for part in message["content"]
-        ]
-        rows.append({"role": message["role"], "content": parts})
-    return rows
+    return answers
 
 
 # The conversation with the labeller
 
 
-def show(task: Task, shown: Sequence[str], number: int, total: int) -> None:
-    """Print a prompt, where its pictures are, and its answers."""
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    console.rule(f"{number} of {total}")
-    for message in task.prompt.messages:
-        for image in images_of([message]):
-            console.print(Text(f"picture: {image_name(image)}", style="cyan"), soft_wrap=True)
-        console.print(Text(f"{message['role']}: {text_of(message)}", style="bold"))
-    for place, answer in enumerate(shown, start=1):
-        console.print(Panel(Text(answer), title=f"{place}", title_align="left"))
+def visible(text: str) -> str:
+    """A text whose control characters are seen instead of obeyed: an answer could clear the screen, or colour itself."""
+    return "".join(char if char in "\n\t" or char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def ask(count: int) -> str | None:
-    """A line of the labeller's; None where there is no more."""
-    choices = "a ranking such as 2 > 1 = 3, " if count > 1 else ""
-    if sys.stdin.isatty():
-        print(f"{choices}d TEXT, s, q: ", end="", flush=True)
-    line = sys.stdin.readline()
-    return line.strip() if line else None
+def show(console: Console, labels: Labels, task: Task, shown: Sequence[str], title: str) -> None:
+    """Print a prompt, and the answers in the order that the labeller sees."""
+    console.rule(visible(title), style="dim")
+    for message in task.messages:
+        console.print(Text(message["role"], style="bold"), soft_wrap=True)
+        for part in message["content"]:
+            if part["type"] == "image":
+                console.print(Text(f"[picture: {visible(str(labels.picture(part['image'])))}]", style="cyan"), soft_wrap=True)
+            else:
+                console.print(Text(visible(part["text"])), soft_wrap=True)
+    for number, answer in enumerate(shown, start=1):
+        console.print(Text.assemble("\n", (f"{number}. ", "bold green"), visible(answer)), soft_wrap=True)
+    console.print()
 
 
-def judge(task: Task, labels: Labels, number: int, total: int, seed: int) -> bool:
-    """Show a task until it is judged or skipped. Returns whether to go on."""
-    order = list(range(len(task.answers)))
-    random.Random(f"{seed}/{labels.labeller}/{prompt_key(task.prompt.messages)}").shuffle(order)
-    shown = [task.answers[place] for place in order]
-    show(task, shown, number, total)
+def read_line(prompt: str) -> str:
+    """One line of the labeller's. Raises EOFError at the end."""
     while True:
-        typed = ask(len(shown))
-        if typed is None or typed == "q":
-            return False
-        if typed == "s":
-            return True
-        if typed.startswith("d ") and typed[2:].strip():
-            answer = {"role": "assistant", "content": [{"type": "text", "text": typed[2:].strip()}]}
-            labels.add(task.prompt, {"messages": [*portable(task.prompt.messages), answer]})
-            return True
-        try:
-            if len(shown) < 2:
-                raise ValueError("there are not two answers to rank: d TEXT writes one, s skips")
-            ranks = parse_ranking(typed, len(shown))
-        except ValueError as error:
-            print(f"not understood: {error}", file=sys.stderr, flush=True)
-            continue
-        # Answers and ranks in the order of the source, so that two labellers' lines can be compared.
-        own = [ranks[order.index(place)] for place in range(len(order))]
-        row = {"prompt": portable(task.prompt.messages), "answers": task.answers, "ranks": own}
-        labels.add(task.prompt, {**row, "order": [place + 1 for place in order]})
-        return True
+        line = input(prompt)
+        if not any("\ud800" <= char <= "\udfff" for char in line):
+            return line
+        print("this line is not UTF-8 text; please write it again")
 
 
-# Two people
+def read_text() -> str:
+    """Lines up to a single dot, or to the end of the input."""
+    lines: list[str] = []
+    with contextlib.suppress(EOFError):
+        while (line := read_line("... ")) != ".":
+            lines.append(line)
+    return "\n".join(lines).strip()
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How two labellers judged the pairs of answers that both saw.
+def judge(labels: Labels, task: Task, answers: Sequence[str], order: Sequence[int], drawn: dict[str, Any]) -> str:
+    """Ask until there is a judgement, and save it.
 
-    Args:
-        prompts: Prompts that both ranked, with the same answers.
-        table: table[a][b], pairs that the one called a and the other b: 0 the first is better, 1 a tie, 2 the second is.
+    Returns:
+        `ranked`, `demonstrated` or `skipped`.
+
+    Raises:
+        EOFError: the labeller leaves.
     """
-
-    prompts: int
-    table: list[list[int]]
-
-    @property
-    def pairs(self) -> int:
-        return sum(map(sum, self.table))
-
-    @property
-    def share(self) -> float:
-        """Of the pairs that were judged alike; InstructGPT's labellers reached 73 % (section 3.4)."""
-        return sum(self.table[i][i] for i in range(3)) / max(1, self.pairs)
-
-    @property
-    def kappa(self) -> float:
-        """Agreement beyond chance, with 1 for all of it (Cohen 1960); 0 where chance explains everything."""
-        n = max(1, self.pairs)
-        rows = [sum(row) / n for row in self.table]
-        columns = [sum(row[i] for row in self.table) / n for i in range(3)]
-        chance = sum(a * b for a, b in zip(rows, columns))
-        return (self.share - chance) / (1 - chance) if chance < 1 else 0.0
-
-    def __str__(self) -> str:
-        ties = sum(self.table[1]) + sum(row[1] for row in self.table)
-        decided = [self.table[i][j] for i in (0, 2) for j in (0, 2)]
-        alike = (self.table[0][0] + self.table[2][2]) / max(1, sum(decided))
-        return (
-            f"{self.prompts} prompts that both ranked, {self.pairs} pairs of answers: {self.share:.1%} judged alike, kappa "
-            f"{self.kappa:.2f}; {ties} ties; of the {sum(decided)} pairs that neither called a tie, {alike:.1%} alike"
-        )
+    rankable = len(answers) > 1
+    while True:
+        line = read_line("ranking, d, s, q or h> " if rankable else "d, s, q or h> ").strip()
+        command, _, rest = line.partition(" ")
+        if line == "q":
+            raise EOFError
+        if line == "s":
+            return "skipped"
+        if line in ("h", "?"):
+            print(HELP)
+        elif command == "d":
+            if text := rest.strip() or read_text():
+                labels.demonstrate(task, text)
+                return "demonstrated"
+            print("nothing was written")
+        elif not rankable:
+            print("there are not two different answers to rank: d writes one, s skips the prompt")
+        elif line:
+            try:
+                ranks = parse_ranking(line, len(answers))
+            except RankingError as error:
+                print(f"{visible(str(error))}; for example: {format_ranking(range(1, len(answers) + 1))} (h: help)")
+                continue
+            labels.rank(task, answers, order, ranks, drawn)
+            print(f"saved: {format_ranking(ranks)}")
+            return "ranked"
 
 
-def compare(one: Path, other: Path) -> Agreement:
-    """The agreement of two files of labels."""
-    rankings: list[dict[str, dict[str, int]]] = []
-    for path in (one, other):
-        rankings.append(
-            {key: dict(zip(row["answers"], row["ranks"])) for key, row in read_labels(path) if isinstance(row.get("ranks"), list)}
-        )
-    table = [[0, 0, 0] for _ in range(3)]
-    prompts = 0
-    for key, first in rankings[0].items():
-        second = rankings[1].get(key, {})
-        common = [answer for answer in first if answer in second]
-        prompts += len(common) > 1
-        for a, b in combinations(common, 2):
-            table[_verdict(first[a], first[b])][_verdict(second[a], second[b])] += 1
-    return Agreement(prompts, table)
+def label(args: argparse.Namespace) -> None:
+    """Show what is not judged yet, one prompt after another."""
+    out = Path(args.out or f"labels-{args.labeller}.jsonl").absolute()
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {args.out}: there is no folder {out.parent}")
+    tasks = _usable(args)
+    labels = Labels(out, args.labeller)
+    for where in labels.broken:
+        print(f"{where}: a broken line is left as it is; the stages will count it as a bad sample", file=sys.stderr)
+    left = [task for task in tasks if task not in labels]
+    print(f"{len(tasks)} prompts, {len(tasks) - len(left)} of them judged by {args.labeller}; h shows the commands")
+    draw_answers = drawer(args) if left and args.model else None
+    console = Console(highlight=False, markup=False, emoji=False)
+    counts = dict.fromkeys(("ranked", "demonstrated", "skipped"), 0)
+    try:
+        for number, task in enumerate(left, start=1):
+            answers, drawn = task.answers, {}
+            if draw_answers is not None and not answers:
+                try:
+                    answers = draw_answers(task)
+                except UserError as error:
+                    print(f"{task.where}: left out, the model cannot answer it: {error}", file=sys.stderr)
+                    continue
+                drawn = {"model": str(args.model), "seed": args.seed, "temperature": args.temperature}
+            order = list(range(len(answers)))
+            random.Random(f"{args.seed}/{args.labeller}/{task.id}").shuffle(order)
+            show(console, labels, task, [answers[place] for place in order], f"{number} of {len(left)}: {task.where}")
+            counts[judge(labels, task, answers, order, drawn)] += 1
+    except EOFError:
+        print()
+    finally:
+        told = ", ".join(f"{count} {name}" for name, count in counts.items())
+        print(f"{told}; {out}", flush=True)
 
 
-def _verdict(a: int, b: int) -> int:
-    return 1 if a == b else 0 if a < b else 2
+def _usable(args: argparse.Namespace) -> list[Task]:
+    found = list(read_tasks(SourceConfig(path=args.prompts, split=args.split, limit=args.limit)))
+    tasks = [item for item in found if isinstance(item, Task)]
+    for item in found:
+        if isinstance(item, Rejected):
+            print(f"{item.where}: left out: {item.detail}", file=sys.stderr)
+    if not tasks:
+        raise UserError(f"no usable prompt in {args.prompts}")
+    if not args.model and not any(len(task.answers) > 1 for task in tasks):
+        raise UsageError(f"{args.prompts} has no answers to rank; --model RUN draws them")
+    return tasks
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+# Arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        raise UsageError(message)
+
+
+def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a {'whole ' if kind is int else ''}number from {low:g} to {high:g}"
+            )
+        return value
+
+    return parse
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line. Raises UsageError."""
+    parser = _Parser(
         prog="python -m mmgpt.label",
-        description=__doc__,
+        description="Rank answers, or write better ones, at the terminal.",
+        epilog=f"{HELP}\n\n{EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--prompts", metavar="SOURCE", help="a file of prompts, or any source that training reads")
-    parser.add_argument("--split", help="rows of the source with this split")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON lines, added to")
-    parser.add_argument("--labeller", default=os.environ.get("USER") or "anonymous", help="who judges (default: the user's name)")
-    parser.add_argument("--model", metavar="RUN", help="draws answers")
-    parser.add_argument("--samples", type=int, default=4, help="answers that it draws to a prompt (default: 4)")
-    parser.add_argument("--max_new_tokens", type=int, default=96, help="tokens of an answer (default: 96)")
-    parser.add_argument("--limit", type=int, help="prompts at most")
-    parser.add_argument("--seed", type=int, default=0, help="of answers and order")
-    parser.add_argument("--agreement", nargs=2, type=Path, metavar="FILE", help="how far two files of labels agree")
-    settings = parser.parse_args(arguments)
-    if settings.agreement:
-        write_output(f"{compare(*settings.agreement)}\n")
+    add = parser.add_argument
+    add("--labeller", metavar="NAME", help="who judges: letters, digits, . _ -")
+    add("--prompts", metavar="FILE", help="a file or folder, or a named data source")
+    add("--split", metavar="NAME", help="only this split of it")
+    add("--limit", type=_number(int, 1, 10**9), metavar="N", help="only its first N prompts")
+    add("--out", metavar="FILE", help="rankings, in JSON lines (default: labels-NAME.jsonl)")
+    add("--model", metavar="RUN", help="draws the answers to prompts that have none: a run, or an exported model")
+    add("--samples", type=_number(int, 2, MOST_ANSWERS), default=4, metavar="K", help="answers to draw (default: 4)")
+    add("--temperature", type=_number(float, 1e-3, 100), default=1.0, metavar="T", help="at which they are drawn (default: 1)")
+    add("--max_new_tokens", type=_number(int, 1, 10**6), default=128, metavar="N", help="their longest, in tokens (default: 128)")
+    add("--device", default="auto", help="auto (default), cpu, cuda, mps")
+    add(
+        "--seed",
+        type=_number(int, 0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help="of what is drawn, and of the order it is shown in",
+    )
+    add("--agreement", nargs=2, metavar=("A", "B"), help="instead: how far the people of two files agree")
+    args = parser.parse_args(argv)
+    if args.agreement is None:
+        if not args.prompts or not args.labeller:
+            raise UsageError("--prompts and --labeller are needed (or --agreement A B)")
+        if not re.fullmatch(r"[\w.-]+", args.labeller):
+            raise UsageError(f"--labeller {args.labeller!r}: letters, digits, . _ - only, as it becomes part of a file name")
+        if args.out and not args.out.endswith(".jsonl"):
+            raise UsageError(f"--out {args.out}: the name must end in .jsonl, by which the stages know how to read it")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    if args.agreement is not None:
+        counted = compare(*(read_judgements(Path(path)) for path in args.agreement))
+        if not counted.pairs:
+            raise UserError(f"{' and '.join(args.agreement)} share no pair of answers: agreement needs prompts that both judged")
+        print(counted)
         return 0
-    if not settings.prompts or not settings.output:
-        raise UsageError("give --prompts SOURCE and --output FILE, or --agreement FILE FILE")
-    labels = Labels(settings.output, settings.labeller)
-    try:
-        tasks, rejected = read_tasks(SourceConfig(path=settings.prompts, split=settings.split))
-    except MessageError as error:
-        raise UserError(f"{settings.prompts}: {error}") from error
-    for sample in rejected[:3]:
-        print(f"left out: {sample.where}: {sample.detail}", file=sys.stderr)
-    if len(rejected) > 3:
-        print(f"left out: {len(rejected) - 3} more", file=sys.stderr)
-    left = [task for task in tasks if prompt_key(task.prompt.messages) not in labels.done][: settings.limit]
-    if settings.model is None and not any(len(task.answers) > 1 for task in left) and left:
-        print("no answers in the source, and no --model to draw them: d TEXT writes demonstrations", file=sys.stderr)
-    begun = len(labels.done)
-    stream: Iterator[Task] = iter(left)
-    if settings.model is not None and left:
-        drawing = {"seed": settings.seed, "max_new_tokens": settings.max_new_tokens}
-        stream = draw_answers(left, settings.model, settings.samples, **drawing)
-    for number, task in enumerate(stream, start=1):
-        if not judge(task, labels, number, len(left), settings.seed):
-            break
-    judged = len(labels.done) - begun
-    print(f"{judged} judged, {len(labels.done)} of {len(tasks)} in all, in {settings.output}", file=sys.stderr)
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    for stream in (sys.stdout, sys.stderr):
+        # A text may hold characters that the terminal's encoding lacks.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() its line editing)
+    label(args)
     return 0
 
 

@@ -32,6 +32,7 @@ PLOTS: Plots = {
     "loss.png": ("loss per prompt", {"training": "train/loss", "validation": "val/loss"}),
     "accuracy.png": ("share of pairs ranked as people did", {"training": "train/accuracy", "validation": "val/accuracy"}),
 }
+MARGIN: Plots = {"margin.png": ("implied margin of a pair", {"training": "train/margin", "validation": "val/margin"})}
 
 
 class RankedRun(Run):
@@ -40,6 +41,8 @@ class RankedRun(Run):
     config.yaml, metrics.csv, loss.png, accuracy.png, calibration.png and report.md, bad_samples.jsonl where there were any,
     checkpoints/last.ckpt, and the exported model in model/.
     """
+
+    plots = PLOTS
 
     def _items(self, model: MultimodalGPT, report: RejectionReport) -> tuple[list[Any], list[Any]]:
         data = self.config.data
@@ -126,8 +129,8 @@ class RankedRun(Run):
             second = [item for item in second if item.preference.key not in known]
             if second:
                 found[self.config.evaluate.source.path] = self._rank(model, score, stage, second)
-        plot_metrics(self.folder, PLOTS)
-        write_ranking(self.folder, found, seconds)
+        plot_metrics(self.folder, self.plots)
+        write_ranking(self.folder, found, seconds, list(self.plots))
         for name, ranking in found.items():
             say(f"{name}: {ranking}")
         say(f"report: {self.folder / 'report.md'}")
@@ -188,7 +191,12 @@ class RewardRun(RankedRun):
 
 
 class PreferenceRun(RankedRun):
-    """A run that trains a policy on preferences (DPO), with `stage: preference`; it ranks by the reward that a policy implies."""
+    """A run that trains a policy on preferences (DPO), with `stage: preference`; it ranks by the reward that a policy implies.
+
+    margin.png is beside the other plots.
+    """
+
+    plots = PLOTS | MARGIN
 
     def _stage(self, model: MultimodalGPT) -> Instruct:
         return DirectPreference(model, self.config, None, total_steps=1)

@@ -131,8 +131,7 @@ def _preference(row: Row, votes: _Votes) -> Preference | None:
         # Numbers between 1 and 2 are how sure a judge was.
         votes.add(prompt, answers, 0.0 if not vote else 1.5 - float(vote), row.where)
         return None
-    listed = next((fields[name] for name in ("answers", "completions") if isinstance(fields.get(name), list)), None)
-    if listed is not None:
+    if (listed := _listed(fields)) is not None:
         return _checked(_prompt(row, _asked(fields)), [_text(answer) for answer in listed], _ranks(fields), row.where)
     wanted = "chosen and rejected, answers and ranks, or output_1, output_2 and preference"
     raise MessageError("no_preference", f"looked for {wanted}; there is {', '.join(map(str, fields)) or 'nothing'}")
@@ -199,6 +198,24 @@ def asked_in(row: Row) -> list[Message] | None:
     if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping) and turns[-1].get("role") == "user":
         return _prompt(row, turns)
     return None
+
+
+def answers_in(row: Row) -> list[str]:
+    """The answers that a row brings along, in its order, whoever was preferred; none where it has only a prompt.
+
+    Raises:
+        MessageError: one of them is neither a text nor one message.
+    """
+    fields = row.fields
+    if fields.get("chosen") is not None and fields.get("rejected") is not None:
+        return _two_sides(row)[1]
+    if fields.get("output_1") is not None and fields.get("output_2") is not None:
+        return [_text(fields[name]) for name in ("output_1", "output_2")]
+    return [_text(answer) for answer in _listed(fields) or ()]
+
+
+def _listed(fields: Mapping[str, Any]) -> list[Any] | None:
+    return next((fields[name] for name in ("answers", "completions") if isinstance(fields.get(name), list)), None)
 
 
 def _asked(fields: Mapping[str, Any]) -> Any:

@@ -38,7 +38,7 @@ def read_prompts(source: SourceConfig, seed: int = 0) -> Iterator[Prompt | Rejec
         return
     count = 0
     for row in read_rows(source):
-        for found in [row] if isinstance(row, Rejected) else _prompts_of(row, source, seed):
+        for found in [row] if isinstance(row, Rejected) else prompts_of(row, source, seed):
             if isinstance(found, Prompt):
                 if count == source.limit:
                     return
@@ -46,7 +46,8 @@ def read_prompts(source: SourceConfig, seed: int = 0) -> Iterator[Prompt | Rejec
             yield found
 
 
-def _prompts_of(row: Row, source: SourceConfig, seed: int) -> Iterator[Prompt | Rejected]:
+def prompts_of(row: Row, source: SourceConfig, seed: int) -> Iterator[Prompt | Rejected]:
+    """The prompts of one row: one, or one a sample where it holds several."""
     try:
         asked = asked_in(row)
     except MessageError as error:

@@ -6,7 +6,7 @@ Letters in shapes: N answers, P pairs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,13 +140,16 @@ def rank_batches(
     return Ranking(*(np.concatenate(part) for part in zip(*parts)))
 
 
-def write_ranking(folder: Path, found: dict[str, Ranking], seconds: float) -> None:
+def write_ranking(
+    folder: Path, found: dict[str, Ranking], seconds: float, plots: Sequence[str] = ("loss.png", "accuracy.png")
+) -> None:
     """Write report.md and calibration.png.
 
     Args:
         folder: The run's.
         found: What was measured, by the name of its source.
         seconds: Of training.
+        plots: Files of the folder to show beside the calibration.
     """
     lines = [f"# {os.path.basename(folder)}", "", f"Training took {seconds:.0f} s.", ""]
     columns = ("held-out", "pairs", "ranked as people did", "95 % interval", "by length alone", "off its confidence")
@@ -157,7 +160,7 @@ def write_ranking(folder: Path, found: dict[str, Ranking], seconds: float) -> No
             f"| {name} | {len(ranking.better)} | {ranking.accuracy:.1%} | {low:.1%} to {high:.1%} "
             f"| {ranking.length_accuracy:.1%} | {ranking.calibration_error:.1%} | {ranking.length_correlation:+.2f} |"
         ]
-    lines += ["", "![loss](loss.png) ![accuracy](accuracy.png) ![calibration](calibration.png)", ""]
+    lines += ["", " ".join(f"![{Path(name).stem}]({name})" for name in (*plots, "calibration.png")), ""]
     with replacing(folder / "report.md") as fresh:
         fresh.write_text("\n".join(lines), encoding="utf-8")
     _plot_calibration(folder / "calibration.png", found)

@@ -44,7 +44,7 @@ class DirectPreference(Instruct):
         self._copy: list[MultimodalGPT] = []
         if not all(".lora_" in name for name in learnt):
             self._copy.append(copy.deepcopy(model).requires_grad_(False).eval())
-        self._validated: list[tuple[float, int, int, int]] = []
+        self._validated: list[tuple[float, int, int, float, int]] = []
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -66,7 +66,10 @@ class DirectPreference(Instruct):
         return self.config.preference.beta * (answer_log_probs(self.model, batch) - self.reference(batch))
 
     def _losses(self, batch: PreferenceBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum over prompts of the mean over comparisons, and the margin of each pair."""
+        """Sum over prompts of the mean over comparisons, and the margin of each pair.
+
+        The supervised term is the mean over the tokens by which a preferred answer differs, those behind the common beginning.
+        """
         policy, reference = answer_log_probs(self.model, batch), self.reference(batch)
         sides = [scores[places] for scores in (policy, reference) for places in (batch.better, batch.worse)]
         losses, margins = dpo_loss(*sides, beta=self.config.preference.beta)
@@ -95,17 +98,18 @@ class DirectPreference(Instruct):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert isinstance(batch, PreferenceBatch)
         total, margins = self._losses(batch)
-        self._validated.append((float(total), batch.samples, int((margins > 0).sum()), len(margins)))
+        self._validated.append((float(total), batch.samples, int((margins > 0).sum()), float(margins.sum()), len(margins)))
 
     def on_validation_epoch_end(self) -> None:
-        totals = torch.tensor(self._validated or [(0.0, 0, 0, 0)], dtype=torch.float32).sum(0)
+        totals = torch.tensor(self._validated or [(0.0, 0, 0, 0.0, 0)], dtype=torch.float32).sum(0)
         if self.trainer.world_size > 1:
             gathered: Any = self.all_gather(totals)
             totals = gathered.sum(0).cpu()
-        loss, prompts, right, pairs = totals.tolist()
+        loss, prompts, right, margin, pairs = totals.tolist()
         if pairs:
             self.log("val/loss", loss / prompts, prog_bar=True, batch_size=1)
             self.log("val/accuracy", right / pairs, batch_size=1)
+            self.log("val/margin", margin / pairs, batch_size=1)
 
 
 def answer_log_probs(model: MultimodalGPT, batch: PreferenceBatch) -> torch.Tensor:

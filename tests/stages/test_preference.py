@@ -141,6 +141,21 @@ def test_the_gradient_is_that_of_equation_7_pair_by_pair():
         assert torch.allclose(gradient, theirs[name], atol=1e-4 * max(1.0, float(theirs[name].abs().max()))), name
 
 
+def test_the_supervised_term_is_the_mean_loss_of_the_preferred_answer():
+    """Of "a" against "bb", which begin with nothing in common."""
+    model = tiny_model()
+    stage = stage_of(model, tiny_config())
+    batch = collate_answers([items(model)[1:]], 0)
+    batch.images = None
+    encoded = model.encode(preferences()[1].conversations()[0])
+    with torch.no_grad():
+        alone = slow_log_probs(model)[3].item()
+        plain = stage._losses(batch)[0].item()
+        stage.config.preference.supervised = 2.0
+        both = stage._losses(batch)[0].item()
+    assert both - plain == pytest.approx(-2.0 * alone / sum(encoded.supervised), rel=1e-4)
+
+
 def reward_of(model: MultimodalGPT, seed: int) -> float:
     """Mean worth of drawn answers to prompts that were held out."""
     prompts = [[user(f"say {letter} {count}")] for letter, count in letter_prompts("val")]
@@ -159,7 +174,10 @@ def test_a_policy_gets_better_at_what_was_preferred(tmp_path: Path, capsys: pyte
     )  # fmt: skip
     assert train(config, "--run_dir", str(tmp_path / "dpo")) == 0
     told = capsys.readouterr().err
-    assert "ranked as people did" in told and (tmp_path / "dpo" / "report.md").is_file()
+    assert "ranked as people did" in told and "(margin.png)" in (tmp_path / "dpo" / "report.md").read_text()
+    assert (tmp_path / "dpo" / "margin.png").is_file()
+    # Above 0 on prompts that were held out: the policy has moved to what was preferred.
+    assert [float(row["val/margin"]) for row in metric_rows(tmp_path / "dpo") if row.get("val/margin")][-1] > 0
     before, after = (reward_of(mmgpt.load(tmp_path / name, device="cpu"), 0) for name in ("sft", "dpo"))
     assert after > before + 0.1, (before, after)
 
