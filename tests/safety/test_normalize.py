@@ -292,20 +292,6 @@ def test_long_runs_of_anything_take_linear_time(unit: str) -> None:
 # The pieces that spans are traced through, each against a definition that is slow and plain
 
 
-@given(st.lists(st.integers(0, 3), max_size=12), st.data())
-def test_back_finds_who_a_character_came_from(became: list[int], data: st.DataObject) -> None:
-    owner = [at for at, count in enumerate(became) for _ in range(count)]
-    if not owner:
-        assert module._back(became, 0, 0)[0] == len(became)
-        return
-    start = data.draw(st.integers(0, len(owner) - 1))
-    end = data.draw(st.integers(start + 1, len(owner)))
-    assert module._back(became, start, end) == (owner[start], owner[end - 1] + 1)
-    # Nothing of a text is where it would stand; behind the last character is behind all.
-    assert module._back(became, start, start) == (owner[start], owner[start] + 1)
-    assert module._back(became, len(owner), len(owner)) == (len(became), len(became))
-
-
 @given(st.text(" \nab", max_size=30), st.data())
 def test_undo_layout_finds_where_a_character_stood(text: str, data: st.DataObject) -> None:
     places = []
