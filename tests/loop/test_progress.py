@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -18,6 +19,7 @@ class Trainer:
     estimated_stepping_batches = 40
     is_global_zero = True
     global_step = 0
+    lightning_module = SimpleNamespace(automatic_optimization=True)
     callback_metrics: ClassVar = {
         "train/loss": torch.tensor(1.5),
         "train/samples_per_s": torch.tensor(12.34),

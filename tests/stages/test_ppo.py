@@ -112,7 +112,7 @@ def test_before_anything_is_learnt_policy_and_reference_are_one(value: str, lora
     assert torch.equal(experience.old, experience.reference)
     assert float((experience.old - experience.rollout.log_probs).abs().max()) < 1e-4
     _, deviation = stage._backward(experience, list(range(8)), 8.0)
-    assert deviation == 0.0
+    assert deviation <= 1e-5  # 0, but for what other kernels round where gradients are kept
 
 
 @pytest.mark.parametrize("lora", [0, 2])
