@@ -290,6 +290,17 @@ class Run:
             world=trainer.world_size,
         )
 
+    def _check_reference(self, model: MultimodalGPT) -> None:
+        """Where the reference is a copy, it is made before a new projector sees its first images, and would be another model.
+
+        Raises:
+            UsageError: the projector is new.
+        """
+        if model.projector is not None and self.config.model.init_from is None:
+            raise UsageError(
+                f"stage {self.config.stage} stays near the model it begins as, whose projector is untrained: set model.init_from"
+            )
+
     def _show_batch(self, model: MultimodalGPT, loader: Any) -> None:
         show_batch(model, loader)
 

@@ -97,6 +97,8 @@ class PpoRun(Run):
         adapted = any(model.lora_rank(part) for part in ("language", "vision"))
         rates = self.config.optimizer.lr
         whole = rates.projector > 0 and model.projector is not None
+        if not adapted or whole:
+            self._check_reference(model)
         reference = None if adapted and not whole else copy.deepcopy(model).requires_grad_(False).eval()
         stage = Ppo(model, self.config, reward, reference=reference, value=value)
         self._device_of_helpers = [part for part in (reference,) if part is not None]

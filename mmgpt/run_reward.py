@@ -199,7 +199,10 @@ class PreferenceRun(RankedRun):
     plots = PLOTS | MARGIN
 
     def _stage(self, model: MultimodalGPT) -> Instruct:
-        return DirectPreference(model, self.config, None, total_steps=1)
+        stage = DirectPreference(model, self.config, None, total_steps=1)
+        if stage.has_copy:
+            self._check_reference(model)
+        return stage
 
     def _finish(self, model: MultimodalGPT, stage: Instruct, validation: list[Any], seconds: float) -> None:
         assert isinstance(stage, DirectPreference)

@@ -46,6 +46,11 @@ class DirectPreference(Instruct):
             self._copy.append(copy.deepcopy(model).requires_grad_(False).eval())
         self._validated: list[tuple[float, int, int, float, int]] = []
 
+    @property
+    def has_copy(self) -> bool:
+        """Whether the reference is a model of its own."""
+        return bool(self._copy)
+
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self.model.eval()

@@ -225,3 +225,13 @@ def test_with_pictures_and_adapters(tmp_path: Path):
     assert train(config, "--run_dir", str(tmp_path / "run")) == 0
     assert "| prompts of the same source | 2 |" in (tmp_path / "run" / "report.md").read_text()
     assert isinstance(mmgpt.load(tmp_path / "run", device="cpu"), MultimodalGPT)
+
+
+def test_a_copy_with_an_untrained_projector_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The reference would be made before the projector is fitted to its first images."""
+    noise(0).save(tmp_path / "0.png")
+    (tmp_path / "rows.jsonl").write_text('{"image": "0.png", "prompt": "What is it?", "chosen": "x", "rejected": "y"}\n' * 2)
+    rows = [{"path": str(tmp_path / "rows.jsonl")}]
+    config = write_config(tmp_path / "config.yaml", stage="preference", data__train=rows, data__validation=[])
+    assert train(config, "--run_dir", str(tmp_path / "run")) == 2
+    assert "whose projector is untrained: set model.init_from" in capsys.readouterr().err
