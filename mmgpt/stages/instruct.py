@@ -17,7 +17,7 @@ from mmgpt.config import RunConfig
 from mmgpt.data.features import ImageSource, Prepared
 from mmgpt.data.packing import Batch
 from mmgpt.model.multimodal import MultimodalGPT
-from mmgpt.stages.optimizer import freeze, make_optimizer
+from mmgpt.stages.optimizer import beside_language, freeze, learnt_state, make_optimizer, no_gradient
 
 
 def stage_rates(config: RunConfig) -> dict[str, float]:
@@ -89,8 +89,7 @@ class Instruct(L.LightningModule):
         scale = self.config.trainer.accumulate * self.trainer.world_size
         loss = result.loss * scale / max(1, batch.target_count)
         if batch.images is None:
-            # Text alone reaches neither encoder nor projector; backward, and every rank, must find a gradient all the same.
-            loss = loss + 0.0 * sum(p.sum() for n, p in self.named_parameters() if p.requires_grad and ".language." not in n)
+            loss = loss + no_gradient(self, beside_language)
         supervised = batch.supervised
         measured = {
             "train/accuracy": int(result.correct) / max(1, supervised),
@@ -143,7 +142,4 @@ class Instruct(L.LightningModule):
         self._clock += time.perf_counter() - self._pause
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Only what learns: frozen parts are found by name again, and a checkpoint stays small."""
-        state = super().state_dict(*args, **kwargs)
-        learnt = {f"{kwargs.get('prefix', '')}{name}" for name, p in self.named_parameters() if p.requires_grad}
-        return {key: value for key, value in state.items() if key in learnt}
+        return learnt_state(self, super().state_dict(*args, **kwargs), kwargs.get("prefix", ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,35 @@ def freeze(model: nn.Module, rates: dict[str, float]) -> None:
         module.train(rate > 0)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("every part is frozen: give optimizer.lr.projector, .language or .vision a value above 0")
+
+
+def freeze_unembedding(language: nn.Module) -> None:
+    """No gradient for an unembedding that is no embedding as well, where a scalar head stands in its place."""
+    unembedding = language.get_output_embeddings()  # type: ignore[operator]
+    embedding = language.get_input_embeddings()  # type: ignore[operator]
+    if isinstance(unembedding, nn.Module) and unembedding.weight is not embedding.weight:
+        unembedding.requires_grad_(False)
+
+
+def no_gradient(module: nn.Module, unreached: Callable[[str], bool]) -> Any:
+    """0, with a gradient of 0 for every learning parameter that a loss does not reach: backward, and every rank, must find one.
+
+    Args:
+        module: The stage.
+        unreached: Says it of a parameter's name.
+    """
+    return 0.0 * sum(p.sum() for name, p in module.named_parameters() if p.requires_grad and unreached(name))
+
+
+def beside_language(name: str) -> bool:
+    """Whether a parameter is one that text alone does not reach: of an encoder or a projector."""
+    return ".language." not in name
+
+
+def learnt_state(module: nn.Module, state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What learns of a state dict: frozen parts are found by name again, and a checkpoint stays small."""
+    learnt = {f"{prefix}{name}" for name, p in module.named_parameters() if p.requires_grad}
+    return {key: value for key, value in state.items() if key in learnt}
 
 
 def parameter_groups(model: nn.Module, rates: dict[str, float], weight_decay: float) -> list[dict[str, Any]]:

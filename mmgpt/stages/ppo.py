@@ -13,7 +13,7 @@ Letters in shapes: N answers of an iteration on this process, T tokens of the lo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgpt.config import RunConfig
-from mmgpt.data.features import ImageSource, Prepared
+from mmgpt.data.features import ImageSource
 from mmgpt.data.loader import BatchLoader
 from mmgpt.data.messages import Message
 from mmgpt.data.packing import Batch
@@ -39,7 +39,14 @@ from mmgpt.rl.losses import policy_loss, value_loss
 from mmgpt.rl.rewards import Scores, WeightedReward
 from mmgpt.rl.rollout import Replay, Rollout, draw, replay, seeded
 from mmgpt.stages.instruct import stage_rates
-from mmgpt.stages.optimizer import freeze, parameter_groups
+from mmgpt.stages.optimizer import (
+    beside_language,
+    freeze,
+    freeze_unembedding,
+    learnt_state,
+    no_gradient,
+    parameter_groups,
+)
 
 RATIO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """How far from 1 a probability ratio may be before anything was learnt: old and new probabilities come from the same forward."""
@@ -180,11 +187,8 @@ class Ppo(L.LightningModule):
         rate = self.rates["head"]
         self.value.head.requires_grad_(rate > 0)
         if self.value.network is not None:
-            network: Any = self.value.network
-            freeze(network, {"vision": 0.0, "projector": 0.0, "language": rate})
-            unembedding = network.language.get_output_embeddings()
-            if isinstance(unembedding, nn.Module) and unembedding.weight is not network.embedding.weight:
-                unembedding.requires_grad_(False)
+            freeze(self.value.network, {"vision": 0.0, "projector": 0.0, "language": rate})
+            freeze_unembedding(self.value.network.language)
         self.eval()
 
     def train(self, mode: bool = True) -> Ppo:
@@ -220,9 +224,9 @@ class Ppo(L.LightningModule):
         schedule: Any = self.lr_schedulers()
         schedule.step()
         self.iteration += 1
-        if self.iteration % self.settings.evaluate_every == 0 or self.iteration == self.settings.iterations:
-            self._evaluate()
         self._watch(measured)
+        if self.stopped or self.iteration % self.settings.evaluate_every == 0 or self.iteration == self.settings.iterations:
+            self._evaluate()
         self.log_dict({f"train/{name}": value for name, value in measured.items()}, batch_size=1)
 
     def _gather(self, prompts: list[list[Message]]) -> Experience:
@@ -245,7 +249,7 @@ class Ppo(L.LightningModule):
         shape = rollout.mask.shape
         old, reference, values = (torch.zeros(shape) for _ in range(3))
         with self._timed("reread"), torch.no_grad():
-            for rows in self._forwards(len(rollout), epoch=0):
+            for rows in self._first_forwards(len(rollout)):
                 if not rows:
                     continue
                 part = self._minibatch(rollout, rows)
@@ -295,9 +299,8 @@ class Ppo(L.LightningModule):
     def _backward(self, experience: Experience, rows: list[int], count: float) -> tuple[dict[str, float], float]:
         """Add the gradient of some answers. Returns parts of the minibatch's means, and the largest |ratio - 1|."""
         settings, rollout = self.settings, experience.rollout
-        nothing = self._idle(lambda name: not rows or ".language." not in name)
         if not rows:
-            self.manual_backward(nothing)
+            self.manual_backward(no_gradient(self, lambda name: True))
             return {}, 0.0
         part = self._minibatch(rollout, rows)
         mask = part.mask
@@ -308,7 +311,8 @@ class Ppo(L.LightningModule):
         values = self.value(policy, part).float()
         surrogate = policy_loss(policy.log_probs, old, advantages, mask, clip=settings.clip, count=count)
         error = value_loss(values, before, returns, mask, clip=settings.value_clip, count=count)
-        self.manual_backward(surrogate.loss + settings.value_coefficient * error.loss + nothing)
+        unreached = no_gradient(self, beside_language)
+        self.manual_backward(surrogate.loss + settings.value_coefficient * error.loss + unreached)
         with torch.no_grad():
             ratio = (policy.log_probs - old).masked_fill(~mask, 0.0).exp()
             found = {
@@ -321,10 +325,6 @@ class Ppo(L.LightningModule):
             }
         return {name: float(value.detach()) for name, value in found.items()}, float((ratio - 1).abs().max())
 
-    def _idle(self, idle: Callable[[str], bool]) -> Any:
-        """Nothing, of parameters that a loss may not reach (no pictures in text): every process must find a gradient."""
-        return 0.0 * sum(p.sum() for name, p in self.named_parameters() if p.requires_grad and idle(name))
-
     def _backward_ptx(self) -> float:
         """Add gamma times the gradient of the language model's loss on pretraining text. Returns that loss, per token."""
         assert self.ptx is not None
@@ -334,9 +334,8 @@ class Ppo(L.LightningModule):
         batch.images = None
         result = self.model.loss(batch.to(self.device))
         mean = result.loss * self.trainer.world_size / max(1, batch.target_count)
-        self.manual_backward(
-            self.settings.ptx.coefficient * mean + self._idle(lambda name: not name.startswith("model.language."))
-        )
+        unreached = no_gradient(self, lambda name: not name.startswith("model.language."))
+        self.manual_backward(self.settings.ptx.coefficient * mean + unreached)
         return float(result.loss.detach()) / max(1, result.count)
 
     def _check_ratio(self, deviation: float) -> None:
@@ -431,9 +430,9 @@ class Ppo(L.LightningModule):
         parts = -(-self.settings.minibatch_size // size)
         return [part.tolist() for part in torch.tensor(rows, dtype=torch.long).tensor_split(parts)]
 
-    def _forwards(self, count: int, epoch: int) -> Iterator[list[int]]:
-        """All forwards of an epoch: in those of the first, old probabilities are taken, so that they are its own bit for bit."""
-        for rows in self._minibatches(count, epoch):
+    def _first_forwards(self, count: int) -> Iterator[list[int]]:
+        """The forwards of the first epoch: old probabilities are taken in the same ones, so that they are its own bit for bit."""
+        for rows in self._minibatches(count, epoch=0):
             yield from self._chunks(rows)
 
     # Averages and evaluation
@@ -571,7 +570,6 @@ class Ppo(L.LightningModule):
         elif settings.max_growth is not None and growth > settings.max_growth:
             self.stopped = f"answers are {growth:.1f} times as long as at first, ppo.max_growth is {settings.max_growth:g}"
         if self.stopped:
-            self._evaluate()
             self.trainer.should_stop = True
 
     @contextmanager
@@ -583,15 +581,10 @@ class Ppo(L.LightningModule):
     # State
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if isinstance(batch, Batch) and isinstance(batch.images, Prepared):
-            batch.images = None
-        return batch
+        return batch  # prompts: what is made of them is moved where it is made
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Only what learns: frozen parts are found by name again, and a checkpoint stays small."""
-        state = super().state_dict(*args, **kwargs)
-        learnt = {f"{kwargs.get('prefix', '')}{name}" for name, p in self.named_parameters() if p.requires_grad}
-        return {key: value for key, value in state.items() if key in learnt}
+        return learnt_state(self, super().state_dict(*args, **kwargs), kwargs.get("prefix", ""))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["ppo"] = {

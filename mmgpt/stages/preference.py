@@ -21,6 +21,7 @@ from mmgpt.model.language import logits_of
 from mmgpt.model.multimodal import LOSS_CHUNK, MultimodalGPT
 from mmgpt.rl.losses import dpo_loss, log_probs_of
 from mmgpt.stages.instruct import Instruct
+from mmgpt.stages.optimizer import beside_language, no_gradient
 
 
 class DirectPreference(Instruct):
@@ -89,8 +90,7 @@ class DirectPreference(Instruct):
         # The divisor counts the prompts of the whole optimizer step over all ranks.
         loss = total * self.config.trainer.accumulate * self.trainer.world_size / max(1, batch.target_count)
         if batch.images is None:
-            # Text alone reaches neither encoder nor projector; backward, and every rank, must find a gradient all the same.
-            loss = loss + 0.0 * sum(p.sum() for n, p in self.named_parameters() if p.requires_grad and ".language." not in n)
+            loss = loss + no_gradient(self, beside_language)
         pairs = max(1, len(margins))
         measured = {"train/accuracy": int((margins > 0).sum()) / pairs, "train/margin": float(margins.sum()) / pairs}
         self.log_train(batch, float(total.detach()) / max(1, batch.samples), measured)

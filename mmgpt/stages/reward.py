@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from mmgpt.config import RunConfig
 from mmgpt.data.branching import PreferenceBatch
@@ -18,6 +17,7 @@ from mmgpt.data.packing import Batch
 from mmgpt.model.heads import RewardModel
 from mmgpt.rl.losses import reward_loss
 from mmgpt.stages.instruct import Instruct
+from mmgpt.stages.optimizer import beside_language, freeze_unembedding, no_gradient
 
 
 class Reward(Instruct):
@@ -40,10 +40,7 @@ class Reward(Instruct):
     def _settle(self) -> None:
         """No dropout: a comparison must not depend on luck. No gradient for an unembedding, where it is not the embedding."""
         self.model.eval()
-        unembedding: Any = self.model.language.get_output_embeddings()  # type: ignore[operator]
-        embedding = self.model.model.embedding
-        if isinstance(unembedding, nn.Module) and unembedding.weight is not embedding.weight:
-            unembedding.requires_grad_(False)
+        freeze_unembedding(self.model.language)
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
@@ -57,8 +54,7 @@ class Reward(Instruct):
         # The divisor counts the prompts of the whole optimizer step over all ranks.
         loss = own * (prompts * self.config.trainer.accumulate * self.trainer.world_size / max(1, batch.target_count))
         if batch.images is None:
-            # Text alone reaches neither encoder nor projector; backward, and every rank, must find a gradient all the same.
-            loss = loss + 0.0 * sum(p.sum() for n, p in self.named_parameters() if p.requires_grad and ".language." not in n)
+            loss = loss + no_gradient(self, beside_language)
         margins = (scores[batch.better] - scores[batch.worse]).detach()
         pairs = max(1, len(margins))
         measured = {"train/accuracy": int((margins > 0).sum()) / pairs, "train/margin": float(margins.sum()) / pairs}
