@@ -87,6 +87,34 @@ def start(*arguments: str, script: str | None = None, cwd: Path = REPOSITORY, **
     )
 
 
+def keep_checkpoints(monkeypatch: Any, folder: Path) -> None:
+    """Copy every checkpoint of a run, and metrics.csv as it was then, as a kill right after would have left them.
+
+    They come to lie in `folder`/stepN, N being the rows of metrics.csv that the checkpoint knows of.
+    """
+    import shutil
+
+    from mmgpt.loop.checkpoint import Checkpointer
+
+    write = Checkpointer._write
+
+    def wrapper(self: Checkpointer, checkpoint: dict[str, Any]) -> None:
+        write(self, checkpoint)
+        step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+        copy = folder / f"step{step}"
+        (copy / "checkpoints").mkdir(parents=True)
+        shutil.copy(self.path, copy / "checkpoints" / "last.ckpt")
+        for name in ("metrics.csv", "config.yaml"):
+            shutil.copy(self.folder.parent / name, copy / name)
+
+    monkeypatch.setattr(Checkpointer, "_write", wrapper)
+
+
+def killed_runs(folder: Path) -> list[Path]:
+    """The folders that `keep_checkpoints` left, in the order of their steps."""
+    return sorted(folder.iterdir(), key=lambda path: int(path.name.removeprefix("step")))
+
+
 def metric_rows(folder: Path) -> list[dict[str, str]]:
     """metrics.csv without the columns that hold times."""
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:

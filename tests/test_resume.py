@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nano_runs import differences, metric_rows, run_state, train, write_config
-
-from mmgpt.loop.checkpoint import Checkpointer
+from nano_runs import differences, keep_checkpoints, killed_runs, metric_rows, run_state, train, write_config
 
 # 20 samples, 5 batches of 4, 3 optimizer steps an epoch (the last of one batch), 9 steps in all.
 SETTINGS: dict[str, Any] = {
@@ -31,21 +28,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def keep_checkpoints(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Copy every checkpoint, and metrics.csv as it was then, as a kill right after would have left them."""
-    write = Checkpointer._write
-
-    def wrapper(self: Checkpointer, checkpoint: dict[str, Any]) -> None:
-        write(self, checkpoint)
-        copy = folder / f"step{checkpoint['global_step']}"
-        (copy / "checkpoints").mkdir(parents=True)
-        shutil.copy(self.path, copy / "checkpoints" / "last.ckpt")
-        for name in ("metrics.csv", "config.yaml"):
-            shutil.copy(self.folder.parent / name, copy / name)
-
-    monkeypatch.setattr(Checkpointer, "_write", wrapper)
-
-
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The uninterrupted run, and a folder with what a kill after each checkpoint would have left."""
@@ -60,7 +42,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_resumed_equals_uninterrupted(whole: tuple[Path, Path]) -> None:
     config, folder = whole
     expected, rows = run_state(folder / "whole"), metric_rows(folder / "whole")
-    killed = sorted((folder / "killed").iterdir(), key=lambda path: int(path.name.removeprefix("step")))
+    killed = killed_runs(folder / "killed")
     assert len(killed) >= 3
     for run in killed:
         assert train(config, "--run_dir", str(run), "--resume", "true") == 0

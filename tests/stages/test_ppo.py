@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from nano_runs import differences, metric_rows, run_state, start, train, write_config
+from nano_runs import differences, keep_checkpoints, killed_runs, metric_rows, run_state, start, train, write_config
 from tiny_models import grads, noise, tiny_config, tiny_model
 
 from mmgpt.config import LoraConfig, OptimizerConfig, PartRates, PpoConfig, PtxConfig, RunConfig, SourceConfig
 from mmgpt.data.letters import LetterReward
 from mmgpt.data.messages import user
 from mmgpt.data.prompts import Prompt
-from mmgpt.loop.checkpoint import Checkpointer
 from mmgpt.loop.metrics import read_metrics
 from mmgpt.model.heads import RewardModel
 from mmgpt.model.multimodal import MultimodalGPT
@@ -289,28 +288,16 @@ def test_a_run_ends_with_a_better_policy_and_its_health(tmp_path: Path, capsys: 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Killed after any iteration, with adapters that have dropout, two epochs, EMA, an adaptive penalty and pretraining text."""
-    import shutil
-
     config = write_ppo_config(
         tmp_path / "config.yaml",
         trainer__checkpoint_every=1,
         ppo__ptx={"sources": [{"path": "letters", "split": "train", "limit": 9}], "coefficient": 1.0, "batch_size": 2},
     )
-    write = Checkpointer._write
-
-    def keep(self: Checkpointer, checkpoint: dict[str, Any]) -> None:
-        write(self, checkpoint)
-        copy_ = tmp_path / "killed" / f"step{checkpoint['ppo']['numbers']['iteration']}"
-        (copy_ / "checkpoints").mkdir(parents=True)
-        shutil.copy(self.path, copy_ / "checkpoints" / "last.ckpt")
-        for name in ("metrics.csv", "config.yaml"):
-            shutil.copy(self.folder.parent / name, copy_ / name)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpointer, "_write", keep)
+        keep_checkpoints(patch, tmp_path / "killed")
         assert train(config, "--run_dir", str(tmp_path / "whole")) == 0
     expected, rows = _state(tmp_path / "whole"), _rows(tmp_path / "whole")
-    killed = sorted((tmp_path / "killed").iterdir())
+    killed = killed_runs(tmp_path / "killed")
     assert [path.name for path in killed] == [f"step{n}" for n in range(1, 6)]
     for run in killed:
         assert train(config, "--run_dir", str(run), "--resume", "true") == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nano_runs import differences, metric_rows, run_state, train, write_config
+from nano_runs import differences, keep_checkpoints, killed_runs, metric_rows, run_state, train, write_config
 from test_reward import write_reward_config
 from tiny_models import enliven, grads, noise, tiny_config, tiny_model
 
@@ -18,7 +18,6 @@ from mmgpt.data.letters import letter_prompts, letter_reward
 from mmgpt.data.messages import user
 from mmgpt.data.packing import collate
 from mmgpt.data.preferences import Preference, RankedItem, rank_item, ranked_pairs
-from mmgpt.loop.checkpoint import Checkpointer
 from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.rl.rollout import draw
 from mmgpt.stages.preference import DirectPreference, answer_log_probs
@@ -184,25 +183,13 @@ def test_a_policy_gets_better_at_what_was_preferred(tmp_path: Path, capsys: pyte
 
 def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The reference is made again: were it that of the resumed weights, the rest would differ."""
-    import shutil
-
-    write = Checkpointer._write
-
-    def keep(self: Checkpointer, checkpoint: dict[str, Any]) -> None:
-        write(self, checkpoint)
-        copy = tmp_path / f"killed{checkpoint['global_step']}"
-        if self.folder.parent.name == "whole":
-            (copy / "checkpoints").mkdir(parents=True)
-            shutil.copy(self.path, copy / "checkpoints" / "last.ckpt")
-            for name in ("metrics.csv", "config.yaml"):
-                shutil.copy(self.folder.parent / name, copy / name)
-
-    monkeypatch.setattr(Checkpointer, "_write", keep)
     config = write_reward_config(
         tmp_path / "config.yaml", stage="preference", trainer__accumulate=2, trainer__epochs=2, trainer__checkpoint_every=2,
     )  # fmt: skip
-    assert train(config, "--run_dir", str(tmp_path / "whole")) == 0
-    killed = sorted(tmp_path.glob("killed*"))
+    with monkeypatch.context() as patch:
+        keep_checkpoints(patch, tmp_path / "killed")
+        assert train(config, "--run_dir", str(tmp_path / "whole")) == 0
+    killed = killed_runs(tmp_path / "killed")
     assert len(killed) >= 2
     for run in killed:
         assert train(config, "--run_dir", str(run), "--resume", "true") == 0

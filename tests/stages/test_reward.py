@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nano_runs import differences, metric_rows, run_state, train, write_config
+from nano_runs import differences, keep_checkpoints, killed_runs, metric_rows, run_state, train, write_config
 from tiny_models import enliven, grads, noise, tiny_config, tiny_model
 
 from mmgpt.config import OptimizerConfig, PartRates, RunConfig, SourceConfig
@@ -17,7 +17,6 @@ from mmgpt.data.letters import LetterReward, draw_letters, letter_prompts, lette
 from mmgpt.data.messages import Sample, user
 from mmgpt.data.preferences import Preference, RankedItem, rank_item, ranked_pairs
 from mmgpt.data.sources import read_source
-from mmgpt.loop.checkpoint import Checkpointer
 from mmgpt.model.heads import RewardModel
 from mmgpt.rl.losses import reward_loss
 from mmgpt.stages.reward import Reward
@@ -156,26 +155,14 @@ def test_pictures_show_batch_and_a_second_source(tmp_path: Path, capsys: pytest.
 
 def test_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Killed after every checkpoint in turn, bit for bit."""
-    import shutil
-
-    write = Checkpointer._write
-
-    def keep(self: Checkpointer, checkpoint: dict) -> None:  # type: ignore[type-arg]
-        write(self, checkpoint)
-        copy = tmp_path / f"killed{checkpoint['global_step']}"
-        if self.folder.parent.name == "whole":
-            (copy / "checkpoints").mkdir(parents=True)
-            shutil.copy(self.path, copy / "checkpoints" / "last.ckpt")
-            for name in ("metrics.csv", "config.yaml"):
-                shutil.copy(self.folder.parent / name, copy / name)
-
-    monkeypatch.setattr(Checkpointer, "_write", keep)
     config = write_reward_config(
         tmp_path / "config.yaml", trainer__accumulate=2, trainer__epochs=2, trainer__checkpoint_every=3,
         model__language__lora={"rank": 2, "dropout": 0.5},
     )  # fmt: skip
-    assert train(config, "--run_dir", str(tmp_path / "whole")) == 0
-    killed = sorted(tmp_path.glob("killed*"))
+    with monkeypatch.context() as patch:
+        keep_checkpoints(patch, tmp_path / "killed")
+        assert train(config, "--run_dir", str(tmp_path / "whole")) == 0
+    killed = killed_runs(tmp_path / "killed")
     assert len(killed) >= 2
     for run in killed:
         assert train(config, "--run_dir", str(run), "--resume", "true") == 0
