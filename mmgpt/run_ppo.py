@@ -11,26 +11,31 @@ import torch
 from mmgpt.config import DataConfig, SourceConfig
 from mmgpt.data.loader import BatchLoader
 from mmgpt.data.messages import text_of
-from mmgpt.data.preferences import Preference, read_preferences
-from mmgpt.data.prompts import Prompt, PromptLoader, load_prompts, split_held_out
+from mmgpt.data.preferences import Preference, prompt_key, read_preferences
+from mmgpt.data.prompts import Prompt, PromptLoader, load_prompts
 from mmgpt.data.rejections import RejectionReport
 from mmgpt.data.text import load_text
 from mmgpt.errors import UsageError, UserError
 from mmgpt.evaluate.health import Answers, plot_health, write_answers
+from mmgpt.model.adapters import only_adapters_learn
 from mmgpt.model.heads import RewardModel
 from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.rl.rewards import RewardTerm, WeightedReward
-from mmgpt.run import Run, say
-from mmgpt.stages.instruct import Instruct
+from mmgpt.run import say
+from mmgpt.run_prompts import PromptRun
+from mmgpt.stages.instruct import Instruct, stage_rates
+from mmgpt.stages.optimizer import freeze
 from mmgpt.stages.ppo import Ppo
 
 
-class PpoRun(Run):
+class PpoRun(PromptRun):
     """A run in `config.run_dir`, which ends up holding
 
     config.yaml, metrics.csv, health.png, samples.md (answers before and after), bad_samples.jsonl where there were any,
     checkpoints/last.ckpt, and the policy that was best on held-out prompts in model/.
     """
+
+    noun = "prompt"
 
     def _execute(self) -> int:
         config, ppo = self.config, self.config.ppo
@@ -52,23 +57,11 @@ class PpoRun(Run):
         return super()._execute()
 
     def _items(self, model: MultimodalGPT, report: RejectionReport) -> tuple[list[Any], list[Any]]:
-        data = self.config.data
-        if data.stream:
-            raise UsageError("data.stream: the prompts of a run are read whole; set it to false")
-        if not data.train:
-            raise UsageError("data.train names no source: give at least one with prompts")
-        train = self._read(data.train, model, report)
-        if not train:
-            raise UserError(f"no usable prompt in {', '.join(source.path for source in data.train)}")
-        if data.validation:
-            known = {repr(prompt.messages) for prompt in train}
-            held = self._read(data.validation, model, report)
-            validation = [prompt for prompt in held if repr(prompt.messages) not in known]
-            if len(validation) < len(held):
-                say(f"{len(held) - len(validation)} prompts of data.validation are among those to train on; they are left out")
-        else:
-            train, validation = split_held_out(train, data.holdout, self.config.trainer.seed)
+        train, validation = super()._items(model, report)
         return train, validation[: self.config.ppo.evaluate_prompts]
+
+    def _key(self, item: Prompt) -> str:
+        return prompt_key(item.messages)
 
     def _read(self, sources: list[SourceConfig], model: MultimodalGPT, report: RejectionReport) -> list[Prompt]:
         room = min(self.config.data.max_length, model.context - self.config.ppo.max_new_tokens)
@@ -94,20 +87,17 @@ class PpoRun(Run):
                 raise UsageError(f"ppo.value_from {ppo.value_from} reads other tokens than the policy")
             # Adapters like the policy's: whatever the policy can learn, its critic can.
             value.model.restart(self.config.model)
-        adapted = any(model.lora_rank(part) for part in ("language", "vision"))
-        rates = self.config.optimizer.lr
-        whole = rates.projector > 0 and model.projector is not None
-        if not adapted or whole:
+        freeze(model, stage_rates(self.config))
+        self._reference: MultimodalGPT | None = None
+        if not only_adapters_learn(model):
             self._check_reference(model)
-        reference = None if adapted and not whole else copy.deepcopy(model).requires_grad_(False).eval()
-        stage = Ppo(model, self.config, reward, reference=reference, value=value)
-        self._device_of_helpers = [part for part in (reference,) if part is not None]
-        return stage  # type: ignore[return-value]
+            self._reference = copy.deepcopy(model).requires_grad_(False).eval()
+        return Ppo(model, self.config, reward, reference=self._reference, value=value)  # type: ignore[return-value]
 
     def _set_precision(self, model: MultimodalGPT, device: torch.device) -> None:
         super()._set_precision(model, device)
-        for part in self._device_of_helpers:
-            part.to(device)
+        if self._reference is not None:
+            self._reference.to(device)
 
     def _ranked(self) -> list[Preference]:
         found: list[Preference] = []
@@ -145,9 +135,6 @@ class PpoRun(Run):
         shared = dict(rank=trainer.global_rank, world=trainer.world_size)
         return PromptLoader(train, ppo.iterations, ppo.batch_size, seed=seed, **shared), None
 
-    def _callbacks(self, validation: list[Any]) -> list[L.Callback]:
-        return []
-
     def _clip(self) -> float | None:
         return None  # the stage clips policy and value apart
 
@@ -177,7 +164,7 @@ class PpoRun(Run):
             say(report.summary())
 
     def _finish(self, model: MultimodalGPT, stage: Instruct, validation: list[Any], seconds: float) -> None:
-        """Export the best policy, load it again as a user would, let it answer."""
+        """Let the model that the policy was at first, and the best policy, answer the held-out prompts; export the policy."""
         assert isinstance(stage, Ppo)
         if stage.stopped:
             say(f"stopped by rule after iteration {stage.iteration}: {stage.stopped}")

@@ -13,16 +13,16 @@ from mmgpt.config import SourceConfig
 from mmgpt.data.branching import PreferenceBatch, PreferenceLoader
 from mmgpt.data.loader import load_items
 from mmgpt.data.messages import text_of
-from mmgpt.data.preferences import RankedItem, load_preferences, split_prompts, statistics
+from mmgpt.data.preferences import RankedItem, load_preferences, statistics
 from mmgpt.data.rejections import RejectionReport
-from mmgpt.errors import UsageError, UserError
 from mmgpt.evaluate.captioning import prompt_of
 from mmgpt.evaluate.ranking import Ranking, rank_batches, write_ranking
 from mmgpt.evaluate.report import Plots, plot_metrics
 from mmgpt.model.heads import RewardModel
 from mmgpt.model.language import shares_prompts
 from mmgpt.model.multimodal import MultimodalGPT
-from mmgpt.run import Run, say
+from mmgpt.run import say
+from mmgpt.run_prompts import PromptRun
 from mmgpt.stages.instruct import Instruct
 from mmgpt.stages.preference import DirectPreference
 from mmgpt.stages.reward import Reward
@@ -35,34 +35,22 @@ PLOTS: Plots = {
 MARGIN: Plots = {"margin.png": ("implied margin of a pair", {"training": "train/margin", "validation": "val/margin"})}
 
 
-class RankedRun(Run):
+class RankedRun(PromptRun):
     """A run on prompts with ranked answers, in `config.run_dir`, which ends up holding
 
     config.yaml, metrics.csv, loss.png, accuracy.png, calibration.png and report.md, bad_samples.jsonl where there were any,
     checkpoints/last.ckpt, and the exported model in model/.
     """
 
+    noun = "preference"
     plots = PLOTS
 
     def _items(self, model: MultimodalGPT, report: RejectionReport) -> tuple[list[Any], list[Any]]:
-        data = self.config.data
-        if data.stream:
-            raise UsageError("data.stream: preferences are grouped by prompt, which takes the whole of a source; set it to false")
-        if not data.train:
-            raise UsageError("data.train names no source: give at least one with preferences")
-        train = self._read(data.train, model, report)
-        if not train:
-            raise UserError(f"no usable preference in {', '.join(source.path for source in data.train)}")
-        if data.validation:
-            validation = self._read(data.validation, model, report)
-            known = {item.preference.key for item in train}
-            if overlap := sum(item.preference.key in known for item in validation):
-                say(f"{overlap} prompts of data.validation are among those to train on; they are left out of the validation")
-                validation = [item for item in validation if item.preference.key not in known]
-        else:
-            train, validation = split_prompts(train, data.holdout, self.config.trainer.seed)
-        self._train: list[RankedItem] = train
-        return train, validation
+        self._train, validation = super()._items(model, report)
+        return self._train, validation
+
+    def _key(self, item: RankedItem) -> str:
+        return item.preference.key
 
     def _read(self, sources: list[SourceConfig], model: MultimodalGPT, report: RejectionReport) -> list[RankedItem]:
         items, total = load_preferences(sources, model.encode, max_length=self._longest(model), report=report)
@@ -82,9 +70,6 @@ class RankedRun(Run):
         loader = PreferenceLoader(train, self.config.data, accumulate=self.config.trainer.accumulate, **shared)
         held = PreferenceLoader(validation, self.config.data, shuffle=False, **shared) if validation else None
         return loader, held
-
-    def _callbacks(self, validation: list[Any]) -> list[L.Callback]:
-        return []
 
     def _pictures(self, train: list[Any]) -> Iterable[Any]:
         return (image for item in train for image in item.images)
@@ -124,9 +109,7 @@ class RankedRun(Run):
             found["prompts of the same source"] = self._rank(model, score, stage, validation)
         if self.config.evaluate.source is not None:
             report = RejectionReport(self.folder / "bad_samples.jsonl")
-            second = self._read([self.config.evaluate.source], model, report)
-            known = {item.preference.key for item in self._train}
-            second = [item for item in second if item.preference.key not in known]
+            second = self._unseen(self._read([self.config.evaluate.source], model, report), self._train)
             if second:
                 found[self.config.evaluate.source.path] = self._rank(model, score, stage, second)
         plot_metrics(self.folder, self.plots)

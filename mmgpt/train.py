@@ -207,7 +207,7 @@ def runs_before(config: RunConfig, seen: tuple[str, ...] = ()) -> list[RunConfig
         if (folder / "model" / "config.json").is_file() or any(other.run_dir == before.run_dir for other in needed):
             continue
         before.resume = (folder / "checkpoints" / "last.ckpt").is_file()
-        needed += [run for run in runs_before(dataclasses.replace(before, resume=False), (*seen, name))]
+        needed += runs_before(dataclasses.replace(before, resume=False), (*seen, name))
         needed.append(before)
     return needed
 

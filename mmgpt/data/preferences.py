@@ -22,7 +22,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from mmgpt.config import SourceConfig
 from mmgpt.data.images import image_name
@@ -32,6 +32,7 @@ from mmgpt.data.rejections import RejectionReport
 from mmgpt.data.sources import check_counts, conversation, image_reference, read_rows
 from mmgpt.data.template import Encoded
 
+T = TypeVar("T")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 MOST_ANSWERS = 9
@@ -358,14 +359,21 @@ def _join(group: Sequence[Preference]) -> Preference:
     )
 
 
-def split_prompts(items: Sequence[RankedItem], share: float, seed: int) -> tuple[list[RankedItem], list[RankedItem]]:
-    """Set a share of the prompts aside: no prompt, and no answer to it, is on both sides."""
-    keys = sorted({item.preference.key for item in items})
+def split_by_prompt(items: Sequence[T], share: float, seed: int, key: Callable[[T], str]) -> tuple[list[T], list[T]]:
+    """Set a share of the prompts aside: no prompt, and no answer to it, is on both sides.
+
+    Args:
+        items: What is split.
+        share: Of the prompts; at least one, where there are two.
+        seed: Draws them.
+        key: The prompt of an item (`prompt_key`).
+    """
+    keys = sorted({key(item) for item in items})
     random.Random(seed).shuffle(keys)
     held = set(keys[: min(len(keys) - 1, max(1, round(share * len(keys))))] if share > 0 and len(keys) > 1 else [])
-    sides: tuple[list[RankedItem], list[RankedItem]] = ([], [])
+    sides: tuple[list[T], list[T]] = ([], [])
     for item in items:
-        sides[item.preference.key in held].append(item)
+        sides[key(item) in held].append(item)
     return sides
 
 

@@ -115,18 +115,6 @@ def _checked(prompt: Prompt, encode: Callable[..., Encoded], max_length: int) ->
     return prompt
 
 
-def split_held_out(prompts: Sequence[Prompt], share: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Set a share of the prompts aside, at least one where there are two."""
-    order = list(range(len(prompts)))
-    random.Random(f"held out/{seed}").shuffle(order)
-    count = min(len(prompts) - 1, max(1, round(share * len(prompts)))) if share > 0 and len(prompts) > 1 else 0
-    held = set(order[:count])
-    sides: tuple[list[Prompt], list[Prompt]] = ([], [])
-    for number, prompt in enumerate(prompts):
-        sides[number in held].append(prompt)
-    return sides
-
-
 class PromptLoader:
     """The prompts of one iteration after another: all of them in random order, then all again in another.
 

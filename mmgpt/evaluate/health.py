@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmgpt.data.messages import Message, images_of, text_of
-from mmgpt.evaluate.report import replacing
+from mmgpt.evaluate.report import one_line, replacing
 from mmgpt.loop.metrics import read_metrics
 
 PANELS: list[tuple[str, list[str]]] = [
@@ -118,7 +118,7 @@ def write_answers(folder: Path, before: Answers, after: Answers, seconds: float,
     for place in range(0, len(before.texts), max(1, len(before.texts) // examples)):
         lines += [f"**{_shown(before.prompts[place])}**", ""]
         for name, part in (("before", before), ("after", after)):
-            lines += [f"> {name} ({part.scores[place]:.2f}): {_one_line(part.texts[place]) or '(nothing)'}", ">"]
+            lines += [f"> {name} ({part.scores[place]:.2f}): {one_line(part.texts[place]) or '(nothing)'}", ">"]
         lines[-1] = ""
     with replacing(folder / "samples.md") as fresh:
         fresh.write_text("\n".join(lines), encoding="utf-8")
@@ -126,8 +126,4 @@ def write_answers(folder: Path, before: Answers, after: Answers, seconds: float,
 
 def _shown(prompt: Sequence[Message]) -> str:
     pictures: list[Any] = images_of(prompt)
-    return ("[picture] " if pictures else "") + _one_line(text_of(prompt[-1]))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return ("[picture] " if pictures else "") + one_line(text_of(prompt[-1]))

@@ -47,8 +47,8 @@ def write_report(
         shown = _save_pictures(folder, sample.messages, len(pictures))
         pictures += shown
         lines += [f"![]({path.relative_to(folder)})" for path in shown]
-        lines += ["", f"**{_one_line(_question(prompt))}**", "", f"> {_one_line(sample.answer) or '(no answer)'}", ""]
-        lines += [f"{'Exact' if sample.exact else 'Reference'}: {_one_line(sample.reference)}", ""]
+        lines += ["", f"**{one_line(_question(prompt))}**", "", f"> {one_line(sample.answer) or '(no answer)'}", ""]
+        lines += [f"{'Exact' if sample.exact else 'Reference'}: {one_line(sample.reference)}", ""]
     with replacing(folder / "samples.md") as fresh:
         fresh.write_text("\n".join(lines), encoding="utf-8")
     return pictures
@@ -65,7 +65,7 @@ def replacing(path: Path) -> Iterator[Path]:
         fresh.unlink(missing_ok=True)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """A line break would end the bold text or the quotation."""
     return " ".join(text.split())
 

@@ -57,6 +57,11 @@ def merge_lora(module: nn.Module) -> None:
     module.__dict__.pop("peft_config", None)
 
 
+def only_adapters_learn(module: nn.Module) -> bool:
+    """Whether `adapters_off` gives back the module that training began with: nothing but adapters learns."""
+    return all(".lora_" in name for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
 @contextmanager
 def adapters_off(module: nn.Module) -> Iterator[None]:
     """The module as it was before its adapters learnt anything: policy and reference share the weights that both stand on."""

@@ -16,7 +16,7 @@ from mmgpt.config import RunConfig
 from mmgpt.data.branching import PreferenceBatch
 from mmgpt.data.features import ImageSource
 from mmgpt.data.packing import Batch
-from mmgpt.model.adapters import adapters_off
+from mmgpt.model.adapters import adapters_off, only_adapters_learn
 from mmgpt.model.language import logits_of
 from mmgpt.model.multimodal import LOSS_CHUNK, MultimodalGPT
 from mmgpt.rl.losses import dpo_loss, log_probs_of
@@ -40,10 +40,9 @@ class DirectPreference(Instruct):
     def __init__(self, model: MultimodalGPT, config: RunConfig, images: ImageSource | None, total_steps: int):
         super().__init__(model, config, images, total_steps)
         self.model.eval()
-        learnt = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         # In a list, so that it is no submodule: neither trained, nor moved, nor saved with the stage.
         self._copy: list[MultimodalGPT] = []
-        if not all(".lora_" in name for name in learnt):
+        if not only_adapters_learn(model):
             self._copy.append(copy.deepcopy(model).requires_grad_(False).eval())
         self._validated: list[tuple[float, int, int, float, int]] = []
 

@@ -22,7 +22,7 @@ from mmgpt.data.preferences import (
     rank_item,
     ranked_pairs,
     read_preferences,
-    split_prompts,
+    split_by_prompt,
     statistics,
 )
 from mmgpt.data.rejections import RejectionReport
@@ -254,7 +254,7 @@ def test_tokens_that_answers_begin_with_are_shared_and_each_keeps_its_end():
 def test_no_prompt_is_on_both_sides(prompts, share, seed):
     preferences = [asked(f"p{prompt}", [f"a{i}", f"b{i}"]) for i, prompt in enumerate(prompts)]
     items: Any = [rank_item(preference, render, 100) for preference in preferences]
-    train, held = split_prompts(items, share, seed)
+    train, held = split_by_prompt(items, share, seed, lambda item: item.preference.key)
     assert len(train) + len(held) == len(items)
     assert not {item.preference.key for item in train} & {item.preference.key for item in held}
     assert train and (held or share == 0 or len(set(prompts)) == 1)

@@ -11,7 +11,8 @@ from tiny_models import noise, tiny_model
 
 from mmgpt.config import SourceConfig
 from mmgpt.data.messages import images_of, text_of, user
-from mmgpt.data.prompts import Prompt, PromptLoader, load_prompts, split_held_out
+from mmgpt.data.preferences import prompt_key, split_by_prompt
+from mmgpt.data.prompts import Prompt, PromptLoader, load_prompts
 from mmgpt.data.rejections import RejectionReport
 from mmgpt.data.text import holds_text, load_text
 from mmgpt.data.tokenizer import Tokenizer
@@ -76,11 +77,15 @@ def test_a_model_without_eyes_gets_no_pictures(tmp_path: Path):
     assert not found and report.counts == {"no_vision": 1}
 
 
+def _key(prompt: Prompt) -> str:
+    return prompt_key(prompt.messages)
+
+
 def test_the_held_out_prompts_are_others():
     prompts = [Prompt([user(str(n))], str(n)) for n in range(20)]
-    train, held = split_held_out(prompts, 0.2, 0)
+    train, held = split_by_prompt(prompts, 0.2, 0, _key)
     assert len(held) == 4 and {p.where for p in train} | {p.where for p in held} == {p.where for p in prompts}
-    assert split_held_out(prompts[:1], 0.2, 0) == (prompts[:1], [])
+    assert split_by_prompt(prompts[:1], 0.2, 0, _key) == (prompts[:1], [])
 
 
 @pytest.mark.parametrize(("count", "size", "world"), [(10, 4, 1), (3, 8, 1), (10, 2, 2)])

@@ -5,12 +5,14 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import VIT, enliven, make_batch, noise, talk, tiny_model
+from tiny_models import VIT, enliven, make_batch, noise, talk, tiny_config, tiny_model
 
 from mmgpt.config import LoraConfig, VisionConfig
 from mmgpt.errors import UsageError
-from mmgpt.model.adapters import add_lora, merge_lora
+from mmgpt.model.adapters import add_lora, merge_lora, only_adapters_learn
+from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.model.vision import load_vision
+from mmgpt.stages.optimizer import freeze
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 ROWS = [[talk([noise(0), "What?"], "A pear.")]]
@@ -94,3 +96,13 @@ def test_dropout_applies_in_training_only():
         assert not torch.equal(model(batch), model(batch))
         model.eval()
         assert torch.equal(model(batch), model(batch))
+
+
+@pytest.mark.parametrize(("rates", "alone"), [((0.0, 0.0, 1e-3), True), ((0.0, 1e-3, 1e-3), False), ((1e-3, 0.0, 1e-3), False)])
+def test_adapters_off_is_a_reference_where_adapters_alone_learn(rates: tuple[float, float, float], alone: bool) -> None:
+    """Adapters in the decoder do not make a reference of a model whose encoder or projector learns whole."""
+    config = tiny_config()
+    config.language.lora = LoraConfig(rank=2)
+    model = MultimodalGPT.from_config(config)
+    freeze(model, dict(zip(("vision", "projector", "language"), rates)))
+    assert only_adapters_learn(model) == alone
