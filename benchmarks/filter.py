@@ -147,22 +147,6 @@ class Side:
         self.process.communicate()
 
 
-def environment(name: str) -> Path:
-    """The interpreter of a peer's virtual environment, made where it is not yet. Raises SystemExit where pip cannot."""
-    from mmgpt.artifacts import cache_dir
-
-    folder = cache_dir() / "peers" / PEERS[name].replace("==", "-").replace("[", "-").replace("]", "")
-    done, python = folder / "done", folder / "bin" / "python"
-    if not done.exists():
-        print(f"{PEERS[name]} is installed in {folder}", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", PEERS[name]]
-        if subprocess.run(command, stdout=sys.stderr).returncode:
-            raise SystemExit(f"{PEERS[name]} could not be installed; it is fetched from the package registry once")
-        done.touch()
-    return python
-
-
 def speed(pythons: dict[str, Path], texts: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Each side by turns: start, throughput, latency, a long text; and what hides in it."""
     long = "\n".join(texts * (1 + options.kilobytes * 1000 // sum(map(len, texts))))[: options.kilobytes * 1000]
@@ -313,9 +297,11 @@ def main() -> None:
         serve(options.serve, options.core)
         return
     sys.path.insert(0, str(REPOSITORY))
+    from peers import environment
+
     from safety.sources import named
 
-    pythons = {name: Path(sys.executable) if name == "ours" else environment(name) for name in options.sides}
+    pythons = {name: Path(sys.executable) if name == "ours" else environment(PEERS[name]) for name in options.sides}
     rng = random.Random(0)
     everyday = [row.text for row in named(EVERYDAY)]
     texts = rng.sample(everyday, min(options.prompts, len(everyday)))

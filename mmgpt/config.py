@@ -127,6 +127,9 @@ class SourceConfig:
         question: What the user asks where the source has only captions or class names; one is drawn a sample.
         answer: Turns a caption or class name into the answer; `{}` stands for it.
         caption: Which caption of several becomes the answer: `first`, or `all` (one sample each).
+        candidates: For stages that learn from preferences, where the source has several captions a picture: so many of
+            its own, altered and other captions are ranked by how far they agree with what people wrote (4 to 9; 0 looks for
+            ranked answers).
         image_root: Folder that relative image paths start from; null is the folder of the file.
         image_column: Column with the image, where the source has columns.
         text_column: Column with the caption, class name or messages; null tries the usual names.
@@ -140,6 +143,7 @@ class SourceConfig:
     question: str | list[str] = "Describe this image."
     answer: str = "{}"
     caption: Literal["first", "all"] = "first"
+    candidates: int = 0
     image_root: str | None = None
     image_column: str = "image"
     text_column: str | None = None
@@ -342,6 +346,8 @@ class PpoConfig:
         epochs: Passes over the answers of an iteration.
         max_new_tokens: Length limit of an answer.
         temperature: At which answers are drawn and their probabilities taken.
+        engine: What draws them: `own` decoder, or `vllm` on one GPU (`pip install mmgpt[vllm]`).
+        engine_memory: Share of the GPU's memory for `vllm`.
         rewards: Reward functions; their weighted sum is the score of an answer. Each is a mapping of `class_path` (as
             `package.module.Name`: a class whose objects, or a function which, takes (prompts, answers, images) and gives a number
             for each answer), `init_args` (arguments of the class, or further ones of the function), and `weight` (1; `fit` finds
@@ -374,6 +380,8 @@ class PpoConfig:
     epochs: int = 1
     max_new_tokens: int = 48
     temperature: float = 1.0
+    engine: Literal["own", "vllm"] = "own"
+    engine_memory: float = 0.3
     rewards: list[dict[str, Any]] = field(default_factory=list)
     ranked: list[SourceConfig] = field(default_factory=list)
     no_eos_score: float | None = -1.0
@@ -482,7 +490,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "ppo.ptx.length": (2, math.inf),
     **dict.fromkeys((f"ppo.{key}" for key in ("temperature", "kl_target", "clip", "value_clip", "max_kl")), _ABOVE_ZERO),
     **dict.fromkeys((f"ppo.{key}" for key in ("beta", "value_coefficient", "warmup", "ptx.coefficient")), _FROM_ZERO),
-    **dict.fromkeys(("ppo.gamma", "ppo.lam"), _SHARE),
+    **dict.fromkeys(("ppo.gamma", "ppo.lam", "ppo.engine_memory"), _SHARE),
     "ppo.ema": _BELOW_ONE,
 }
 

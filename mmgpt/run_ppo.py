@@ -43,6 +43,8 @@ class PpoRun(PromptRun):
             raise UsageError("stage ppo counts in iterations: set ppo.iterations, not trainer.epochs, .max_steps or .accumulate")
         if config.trainer.precision == "fp16":
             raise UsageError("stage ppo has no loss scaler: trainer.precision must be bf16 or fp32")
+        if ppo.engine == "vllm" and config.trainer.devices not in (1, "1", "auto"):
+            raise UsageError("ppo.engine vllm shares one GPU with the policy: set trainer.devices to 1, or ppo.engine to own")
         if config.trainer.strategy == "fsdp":
             raise UsageError("stage ppo draws answers from whole weights: trainer.strategy must be auto or ddp")
         if config.model.init_from is None and config.model.language.architecture is not None:

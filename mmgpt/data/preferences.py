@@ -92,6 +92,11 @@ def read_preferences(source: SourceConfig) -> Iterator[Preference | Rejected]:
 
         yield from rank_letters(source.split, source.limit or 512)
         return
+    if source.candidates:
+        from mmgpt.data.candidates import rank_captions
+
+        yield from rank_captions(source)
+        return
     votes = _Votes()
     count = 0
     for row in read_rows(source):

@@ -256,6 +256,19 @@ def _text_column(fields: dict[str, Any], source: SourceConfig) -> str:
     raise MessageError("no_text", f"looked for {wanted}; there is {', '.join(map(str, fields)) or 'nothing'}")
 
 
+def captions_of(row: Row, source: SourceConfig) -> tuple[list[ImageRef], list[str]]:
+    """The pictures of a row, and all that is said about them.
+
+    Raises:
+        MessageError: it holds something else than captions.
+    """
+    images = [image_reference(image, row.root) for image in row.images]
+    column = _text_column(row.fields, source)
+    if column in ("messages", "conversations", "question", "tags") or _is_conversation(row.fields[column]):
+        raise MessageError("no_captions", f"column {column} holds conversations; captions are looked for")
+    return images, _texts(row.fields[column])
+
+
 def _captions(
     texts: list[str], images: list[ImageRef], where: str, source: SourceConfig, seed: str
 ) -> Iterator[Sample | Rejected]:
@@ -266,7 +279,7 @@ def _captions(
     chosen = texts if source.caption == "all" else texts[:1]
     for number, text in enumerate(chosen):
         place = _place(where, number, len(chosen))
-        question = _draw(source.question, f"{seed}/{place}")
+        question = draw_question(source.question, f"{seed}/{place}")
         yield Sample([user(question, images), assistant(source.answer.replace("{}", text))], place)
 
 
@@ -361,7 +374,8 @@ def _place(where: str, number: int, count: int) -> str:
     return f"{where[:-1]}, text {number}]" if where.endswith("]") else f"{where}, text {number}"
 
 
-def _draw(questions: str | list[str], key: str) -> str:
+def draw_question(questions: str | list[str], key: str) -> str:
+    """The question, or one of several: always the same one for the same key."""
     if isinstance(questions, str):
         return questions
     number = int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")

@@ -111,6 +111,25 @@ def _means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return (np.bincount(numbers, values) / np.bincount(numbers))[numbers]
 
 
+def kendall_tau_c(scores: Sequence[float], ratings: Sequence[float]) -> float:
+    """Agreement of two orders where one has few steps: (concordant - discordant) pairs over as many as there could be.
+
+    tau_c = 2 (P - Q) / (n^2 (m - 1) / m), m being the number of different values on the side that has fewer (Stuart 1953); 1 is
+    the same order.
+
+    Args:
+        scores, ratings: [N].
+    """
+    first, second = (np.asarray(values, dtype=float) for values in (scores, ratings))
+    balance = 0.0
+    for start in range(0, len(first), 1024):  # [1024, N] at a time
+        chosen = slice(start, start + 1024)
+        orders = [np.sign(values[chosen, None] - values[None]) for values in (first, second)]
+        balance += float((orders[0] * orders[1]).sum())
+    steps = min(len(np.unique(first)), len(np.unique(second)))
+    return balance / (len(first) ** 2 * (steps - 1) / steps) if steps > 1 else 0.0
+
+
 def rank_batches(
     score: Callable[[PreferenceBatch], torch.Tensor], batches: Iterable[PreferenceBatch], finish: Any, device: torch.device
 ) -> Ranking:

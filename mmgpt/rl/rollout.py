@@ -26,6 +26,7 @@ from mmgpt.rl.losses import entropy_of, log_probs_of
 if TYPE_CHECKING:
     from mmgpt.model.decoder import Decoder
     from mmgpt.model.multimodal import MultimodalGPT
+    from mmgpt.rl.engine import Engine
 
 
 @dataclass
@@ -117,6 +118,7 @@ def draw(
     seed: int | str,
     batch_size: int = 32,
     decoder: Decoder | None = None,
+    engine: Engine | None = None,
 ) -> Rollout:
     """Let the policy answer prompts.
 
@@ -132,6 +134,7 @@ def draw(
         seed: Makes the draws repeatable; another one for every iteration.
         batch_size: Most answers side by side.
         decoder: Weights prepared by `Decoder.from_language`; None: the model's own as they are now.
+        engine: Draws in the decoder's place, all answers at once; with random numbers of its own, so other answers.
 
     Raises:
         UserError: a conversation that breaks the form, or is as long as the window; `conversation NUMBER` says which.
@@ -152,14 +155,17 @@ def draw(
     log_probs = torch.zeros(count, max_new_tokens)
     mask = torch.zeros(count, max_new_tokens, dtype=torch.bool)
     limits = [min(max_new_tokens, model.context - len(prompt)) for prompt in encoded for _ in range(samples)]
-    draws = torch.zeros(count, max_new_tokens, dtype=torch.float64)
-    for row in range(count):
-        draws[row] = _uniform(seed, row, max_new_tokens)
     training = {module: module.training for module in model.modules()}
     model.eval()
-    decoder = decoder or Decoder.from_language(model.language)
-    for rows in _batches([len(prompt) for prompt in encoded], samples, batch_size):
-        _draw_batch(model, decoder, canonical, rows, samples, limits, draws, temperature, tokens, log_probs, mask)
+    if engine is not None:
+        _draw_elsewhere(model, engine, canonical, samples, limits, seed, temperature, tokens, log_probs, mask)
+    else:
+        draws = torch.zeros(count, max_new_tokens, dtype=torch.float64)
+        for row in range(count):
+            draws[row] = _uniform(seed, row, max_new_tokens)
+        decoder = decoder or Decoder.from_language(model.language)
+        for rows in _batches([len(prompt) for prompt in encoded], samples, batch_size):
+            _draw_batch(model, decoder, canonical, rows, samples, limits, draws, temperature, tokens, log_probs, mask)
     for module, was in training.items():
         module.training = was
     longest = int(mask.sum(1).max()) if count else 0
@@ -250,6 +256,31 @@ def _draw_batch(
                 active, drawn = [active[index] for index in alive], drawn[left]
                 cache.keep(left)
             logits = decoder.step(drawn, cache)
+
+
+def _draw_elsewhere(
+    model: MultimodalGPT,
+    engine: Engine,
+    prompts: Sequence[Any],
+    samples: int,
+    limits: Sequence[int],
+    seed: int | str,
+    temperature: float,
+    tokens: Tensor,
+    log_probs: Tensor,
+    mask: Tensor,
+) -> None:
+    """Have an engine draw all answers, writing into tokens, log_probs and mask [N, T]."""
+    with torch.inference_mode():
+        embedded = model.embed_prompts(prompts)
+    owners = [row // samples for row in range(len(limits))]
+    seeds = [seeded(f"{seed}/{row}").initial_seed() for row in range(len(limits))]
+    for row, (ids, chances) in enumerate(engine.draw(model, embedded, owners, limits, seeds, temperature)):
+        end = ids.index(model.tokenizer.eos_id) + 1 if model.tokenizer.eos_id in ids else len(ids)
+        ids, chances = ids[:end], chances[:end]
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        log_probs[row, : len(ids)] = torch.tensor(chances)
+        mask[row, : len(ids)] = True
 
 
 def forbid(logits: Tensor, model: MultimodalGPT) -> Tensor:

@@ -35,6 +35,7 @@ from mmgpt.model.language import width_of
 from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.rl import kl as kl_penalty
 from mmgpt.rl.advantages import explained_variance, gae, masked_mean, sum_over_ranks, token_rewards, whiten
+from mmgpt.rl.engine import Engine, VllmEngine
 from mmgpt.rl.losses import policy_loss, value_loss
 from mmgpt.rl.rewards import Scores, WeightedReward
 from mmgpt.rl.rollout import Replay, Rollout, draw, replay, seeded
@@ -373,7 +374,14 @@ class Ppo(L.LightningModule):
                 temperature=settings.temperature,
                 seed=seed,
                 batch_size=self.config.evaluate.batch_size,
+                engine=self._engine(),
             )
+
+    def _engine(self) -> Engine | None:
+        """What draws in the decoder's place; it is started when it is first needed."""
+        if self.settings.engine == "vllm" and "engine" not in self.__dict__:
+            self.__dict__["engine"] = VllmEngine(self.model, self.settings.engine_memory)
+        return self.__dict__.get("engine")
 
     def _judge(self, rollout: Rollout) -> Scores:
         with torch.autocast(self.device.type, enabled=False):

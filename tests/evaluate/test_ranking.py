@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmgpt.evaluate.ranking import Ranking, write_ranking
+from mmgpt.evaluate.ranking import Ranking, kendall_tau_c, write_ranking
 
 
 def ranking(margins: list[float], lengths: list[tuple[int, int]] | None = None, prompts: list[int] | None = None) -> Ranking:
@@ -70,3 +70,29 @@ def test_the_report(tmp_path: Path):
     write_ranking(tmp_path, {"here": ranking([1.0, 2.0, -1.0, 0.2])}, seconds=3.0)
     assert "| here | 4 | 75.0% |" in (tmp_path / "report.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.png", "report.md"]
+
+
+def test_tau_c_is_what_counting_pairs_gives():
+    rng = np.random.default_rng(0)
+    for steps in (2, 4, 7):
+        ratings = rng.integers(0, steps, 60)
+        scores = np.round(ratings + rng.normal(0, 2, 60), 1)
+        pairs = [(i, j) for i in range(60) for j in range(i)]
+        balance = sum(np.sign(scores[i] - scores[j]) * np.sign(ratings[i] - ratings[j]) for i, j in pairs)
+        fewer = min(len(set(scores)), len(set(ratings)))
+        assert kendall_tau_c(scores, ratings) == pytest.approx(2 * balance / (60**2 * (fewer - 1) / fewer))
+
+
+def test_tau_c_of_the_same_of_the_opposite_and_of_no_order():
+    ratings = np.repeat(np.arange(4), 500)  # more than one block of rows
+    assert kendall_tau_c(ratings * 2.0, ratings) == pytest.approx(1)
+    assert kendall_tau_c(-ratings, ratings) == pytest.approx(-1)
+    assert kendall_tau_c(np.ones(5), np.arange(5)) == 0
+
+
+def test_tau_c_equals_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(1)
+    ratings = rng.integers(1, 5, 200)
+    scores = ratings + rng.normal(0, 1, 200)
+    assert kendall_tau_c(scores, ratings) == pytest.approx(stats.kendalltau(scores, ratings, variant="c").statistic)

@@ -1,0 +1,307 @@
+"""An iteration of PPO against TRL's: answers drawn, judged, read again, learnt from.
+
+    python benchmarks/ppo.py [--tasks full,lora] [--rounds 3] [--batch_size 32] [--new_tokens 48] [--threads 2]
+
+Both sides have the same language model (SmolLM2-135M-Instruct), the same prompts (AlpacaEval's instructions of up to 64 tokens),
+a reward model of the same size with a new head, one pass over the answers in minibatches of half the batch, sampling at
+temperature 0.7, bf16 where the CPU has it, and no gradient checkpointing. `full` learns every weight of the policy and of a
+value network that begins as the reward model, beside a copied reference. `lora` learns adapters (rank 16, all linear layers),
+which turned off are the reference; ours then has its values from a head on the policy's states, where TRL always has a second
+network.
+
+The peer is trl 1.12.0, the last release with `trl.experimental.ppo`, in a virtual environment of its own, made at the first
+start. Both processes stay alive and take turns, an iteration each; the first one warms up. One JSON object on stdout: seconds of
+the best and the median iteration, answers a second, peak memory, and the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PEER = ("trl==1.12.0", "torch", "transformers", "peft", "accelerate")
+MODEL, PROMPTS = "smollm2-135m-instruct", "alpaca-eval-prompts"
+LONGEST_PROMPT = 64
+TEMPERATURE = 0.7
+
+
+# A side's own process
+
+
+class Turns:
+    """Says when an iteration may begin, and how long it took."""
+
+    def __init__(self) -> None:
+        self.out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)  # whatever a library prints is no answer
+        self.started = 0.0
+
+    def wait(self) -> None:
+        """Ready: until the other side has had its turn."""
+        print(json.dumps({"ready": True}), file=self.out, flush=True)
+        if not sys.stdin.readline().strip():
+            os._exit(0)
+        self.started = time.perf_counter()
+
+    def done(self, tokens: float) -> None:
+        import resource
+
+        seconds = time.perf_counter() - self.started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+        print(json.dumps({"seconds": seconds, "tokens": tokens, "peak_memory_mb": peak}), file=self.out, flush=True)
+
+
+def ours(task: dict[str, Any]) -> None:
+    sys.path.insert(0, str(REPOSITORY))
+    import lightning as L
+
+    from mmgpt.run_ppo import PpoRun
+    from mmgpt.train import _quiet, parse
+
+    turns = Turns()
+
+    class Clock(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            turns.wait()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            turns.done(float(trainer.callback_metrics["train/length"]))
+
+    class Timed(PpoRun):
+        def _callbacks(self, validation: list[Any]) -> list[L.Callback]:
+            return [*super()._callbacks(validation), Clock()]
+
+    _quiet()
+    full = task["name"] == "full"
+    rewards = [{"class_path": "mmgpt.rl.rewards.LearnedReward", "init_args": {"path": task["reward"], "batch_size": 32}}]
+    settings = {
+        "run_dir": task["folder"],
+        "first": "[]",
+        "data.train": json.dumps([{"path": task["prompts"]}]),
+        "data.holdout": 0,
+        "model.language.lora.rank": 0 if full else 16,
+        "optimizer.lr.language": 1e-6 if full else 1e-4,
+        "ppo.iterations": 1000,
+        "ppo.evaluate_every": 1000,
+        "ppo.batch_size": task["batch_size"],
+        "ppo.minibatch_size": task["batch_size"] // 2,
+        "ppo.max_new_tokens": task["new_tokens"],
+        "ppo.temperature": TEMPERATURE,
+        "ppo.rewards": json.dumps(rewards),
+        "ppo.value_from": task["reward"] if full else "null",
+        "ppo.ema": "null" if full else 0.95,
+        "ppo.ptx.sources": "[]",
+        "ppo.no_eos_score": -1.0,
+        "ppo.max_kl": 1e6,
+        "trainer.progress": "false",
+        "trainer.threads": task["threads"],
+        "evaluate.batch_size": task["batch_size"],
+    }
+    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    Timed(parse(["--config", "rlhf-text", *arguments])).execute()
+
+
+def trl(task: dict[str, Any]) -> None:
+    turns = Turns()
+    import torch
+    from datasets import Dataset  # type: ignore[import-untyped]
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]
+
+    torch.set_num_threads(task["threads"])
+    full = task["name"] == "full"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(Path(task["model"], "tokenizer.json")),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+    )
+    # What does not learn is kept in bf16, as ours is.
+    kept = torch.bfloat16 if task["bf16"] else torch.float32
+    policy = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32 if full else kept)
+
+    def judge(dtype: torch.dtype) -> Any:
+        found = AutoModelForSequenceClassification.from_pretrained(task["model"], num_labels=1, dtype=dtype)
+        found.config.pad_token_id = tokenizer.pad_token_id
+        return found
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *parts: Any, **more: Any) -> None:
+            turns.wait()
+
+        def on_step_end(self, *parts: Any, **more: Any) -> None:
+            turns.done(float("nan"))
+            turns.wait()
+
+    rows = [{"input_ids": ids} for ids in task["ids"]]
+    config = PPOConfig(
+        output_dir=task["folder"],
+        per_device_train_batch_size=task["batch_size"] // 2,
+        gradient_accumulation_steps=2,
+        num_mini_batches=2,
+        num_ppo_epochs=1,
+        total_episodes=task["batch_size"] * 1000,
+        local_rollout_forward_batch_size=task["batch_size"],
+        response_length=task["new_tokens"],
+        stop_token="eos",
+        missing_eos_penalty=1.0,
+        temperature=TEMPERATURE,
+        learning_rate=1e-6 if full else 1e-4,
+        gradient_checkpointing=False,
+        bf16=task["bf16"],
+        use_cpu=True,
+        num_sample_generations=0,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=None,
+        reward_model=judge(kept),
+        value_model=judge(torch.float32),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:8]),
+        peft_config=None if full else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+
+
+# The measuring process
+
+
+class Side:
+    """A process that waits for its turn."""
+
+    def __init__(self, name: str, python: str, task: dict[str, Any], folder: Path) -> None:
+        self.name = name
+        self.log = folder / f"{name}-{task['name']}.log"
+        written = folder / f"{name}-{task['name']}.json"
+        written.write_text(json.dumps({**task, "folder": str(folder / f"{name}-{task['name']}")}), encoding="utf-8")
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        environment |= {"OMP_NUM_THREADS": str(task["threads"]), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        command = [python, str(Path(__file__).resolve()), "--serve", name, "--task", str(written)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            )
+        self._answer()
+
+    def turn(self) -> dict[str, float]:
+        assert self.process.stdin is not None
+        print("go", file=self.process.stdin, flush=True)
+        found = self._answer()
+        self._answer()
+        return found
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended:\n{self.log.read_text(errors='replace')[-3000:]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def prepare(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What both sides are given."""
+    import pyarrow.parquet as pq
+
+    from mmgpt import artifacts, machine
+    from mmgpt.config import LanguageConfig, ModelConfig
+    from mmgpt.data.messages import user
+    from mmgpt.model.heads import RewardModel
+    from mmgpt.model.multimodal import MultimodalGPT
+
+    model = MultimodalGPT.from_config(ModelConfig(vision=None, language=LanguageConfig(name=MODEL)))
+    texts = [row["text"] for row in pq.read_table(artifacts.resolve(PROMPTS, kind="dataset")).to_pylist()]
+    encoded = {text: model.prompt([user(text)])[0].tolist() for text in texts}
+    chosen = [text for text in texts if len(encoded[text]) <= LONGEST_PROMPT]
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in chosen), encoding="utf-8")
+    RewardModel(model).save_pretrained(folder / "reward")
+    return {
+        "model": str(artifacts.resolve(MODEL, kind="language")),
+        "reward": str(folder / "reward"),
+        "prompts": str(path),
+        "ids": [encoded[text] for text in chosen],
+        "bf16": machine.pick_precision("auto", machine.pick_device("cpu")) == "bf16",
+        "batch_size": settings.batch_size,
+        "new_tokens": settings.new_tokens,
+        "threads": settings.threads,
+    }
+
+
+def compare(task: dict[str, Any], pythons: dict[str, str], rounds: int, folder: Path) -> dict[str, Any]:
+    sides = {name: Side(name, python, task, folder) for name, python in pythons.items()}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            row = side.turn()
+            print(f"{task['name']}, round {number}, {name}: {row}", file=sys.stderr, flush=True)
+            if number:
+                found[name].append(row)
+    for side in sides.values():
+        side.close()
+    report: dict[str, Any] = {}
+    for name, rows in found.items():
+        seconds = [row["seconds"] for row in rows]
+        report[name] = {
+            "seconds": {"best": round(min(seconds), 2), "median": round(statistics.median(seconds), 2)},
+            "answers_per_second": round(task["batch_size"] / min(seconds), 2),
+            "peak_memory_mb": round(max(row["peak_memory_mb"] for row in rows)),
+        }
+    if len(report) == 2:
+        a, b = report["ours"], report["trl"]
+        report["ratio"] = {
+            "best": round(b["seconds"]["best"] / a["seconds"]["best"], 2),
+            "median": round(b["seconds"]["median"] / a["seconds"]["median"], 2),
+            "peak_memory": round(a["peak_memory_mb"] / b["peak_memory_mb"], 2),
+        }
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default="full,lora")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--new_tokens", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2))
+    parser.add_argument("--sides", default="ours,trl")
+    parser.add_argument("--serve", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--task", type=Path, help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    if settings.serve:
+        {"ours": ours, "trl": trl}[settings.serve](json.loads(settings.task.read_text(encoding="utf-8")))
+        return
+    sys.path.insert(0, str(REPOSITORY))
+    from peers import environment
+
+    wanted = settings.sides.split(",")
+    pythons = {name: sys.executable if name == "ours" else str(environment(*PEER)) for name in wanted}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        given = prepare(settings, folder)
+        report = {task: compare({**given, "name": task}, pythons, settings.rounds, folder) for task in settings.tasks.split(",")}
+    print(json.dumps({"batch_size": settings.batch_size, "new_tokens": settings.new_tokens, **report}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
