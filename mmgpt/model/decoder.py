@@ -43,9 +43,10 @@ class Decoder(ABC):
 
         `auto` keeps the model's own numbers, so that the text is that of the model: fp32 stays fp32, bf16 stays bf16
         where the machine multiplies it in hardware and is widened to fp32 where not. `bf16` on a CPU copies the matrices
-        into the layout of its kernels. `int8` rounds them to 8 bits with a scale for each output and keeps everything else
-        in bf16 (CPUs with bf16 instructions). `fp16` stores half-precision weights and computes in fp32 (CPUs with fbgemm):
-        for CPUs without bf16 instructions, with half the memory traffic of fp32 and nearly its logits.
+        into the layout of its kernels. `int8` rounds them, but those behind the gates, to 8 bits with a scale for each
+        output and keeps everything else in bf16 (CPUs with bf16 instructions). `fp16` stores half-precision weights and
+        computes in fp32 (CPUs with fbgemm): for CPUs without bf16 instructions, with half the memory traffic of fp32 and
+        nearly its logits.
 
         With `auto` and `fp32` in the model's own type nothing is copied twice: the fused matrices replace the storage of
         the model's parameters, which become views of them; later changes to the parameters are seen by the decoder.
@@ -172,25 +173,28 @@ class LlamaDecoder(Decoder):
             out=self._matrix([attention.o_proj], release),
             norm2=layer.post_attention_layernorm.weight.detach().float(),
             gate_up=self._matrix([mlp.gate_proj, mlp.up_proj], release),
-            down=self._matrix([mlp.down_proj], release),
+            # What comes out of the gate has outliers that multiply the rounding of some columns by a thousand (Sun et al. 2024):
+            # rounded too, this matrix alone costs as many changed tokens as all others together.
+            down=self._matrix([mlp.down_proj], release, whole=True),
         )
 
-    def _matrix(self, linears: list[Linear], release: bool) -> Multiply:
-        """Several linear layers on the same input as one product, in the decoder's weight format."""
+    def _matrix(self, linears: list[Linear], release: bool, *, whole: bool = False) -> Multiply:
+        """Several linear layers on the same input as one product, in the decoder's format; `whole` is never rounded to int8."""
         first = linears[0].weight
         biases = [linear.bias for linear in linears if linear.bias is not None]
         bias = torch.cat([bias.detach().to(self.dtype) for bias in biases]) if biases else None
         in_place = self.weights == "fp32" or (self.weights == "bf16" and (self.share or first.device.type != "cpu"))
         if in_place and first.dtype == self.dtype:
             return products.dense(products.fuse([linear.weight for linear in linears]), bias)
+        weights = "bf16" if whole and self.weights == "int8" else self.weights
         # int8 is rounded from the model's own numbers, not from their bf16.
-        dtype = first.dtype if self.weights == "int8" else self.dtype
+        dtype = first.dtype if weights == "int8" else self.dtype
         weight = torch.cat([linear.weight.detach().to(dtype) for linear in linears])
         if release:
             for linear in linears:
                 linear.weight.data = first.data.new_empty(0)
         make = {"fp32": products.dense, "bf16": products.packed, "fp16": products.fp16, "int8": products.int8}
-        return make[self.weights](weight, bias)
+        return make[weights](weight, bias)
 
     @torch.inference_mode()
     def prefill(self, embeds: Tensor, lengths: Tensor, reserve: int = GROWTH) -> tuple[Tensor, Cache]:
