@@ -354,6 +354,8 @@ class PpoConfig:
             the weight with which the sum ranks the answers of `ppo.ranked` best).
         ranked: Ranked answers that a weight `fit` is fitted on.
         no_eos_score: Score of an answer that reached the limit without an end; null lets the reward judge it.
+        empty_score: Score of an answer without text, which nobody ranks, so that no reward model knows of it; null lets the
+            reward judge it.
         kl: `fixed` keeps `beta`; `adaptive` steers it towards `kl_target` nats an answer.
         beta: Weight of the KL penalty, per token.
         kl_target: See `kl`.
@@ -385,6 +387,7 @@ class PpoConfig:
     rewards: list[dict[str, Any]] = field(default_factory=list)
     ranked: list[SourceConfig] = field(default_factory=list)
     no_eos_score: float | None = -1.0
+    empty_score: float | None = None
     kl: Literal["fixed", "adaptive"] = "fixed"
     beta: float = 0.02
     kl_target: float = 6.0

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from mmgpt.errors import UserError
+from safety import obfuscate
 from safety.taxonomy import KEYS
 
 HERE = Path(__file__).parent
+DISGUISES = ("spaced", "punctuation", "reverse", "rot13", "url", "hex", "base64")
+"""What leaves a text unlike language until it is taken off; the other disguises vanish in the canonical form."""
 TESTS = ("harmbench", "strongreject", "safety-refusal", "alpaca-eval-prompts")
 
 
@@ -328,19 +331,25 @@ def augment(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     noise      a few typing errors; letters in spaced or hyphenated words
     padding    a harmless text before or after a prompt: a sensitive part makes the whole sensitive
     suffix     tokens without meaning after a prompt, as gradient-based attacks add (Zou et al. 2023), to both labels
+    disguise   a harmless prompt in one of `DISGUISES`. The filter reads a disguised text as it stands and as what it hides; a
+               sensitive one is found in what it hides, and what stands there must not be held against everybody who writes so
     """
     rng = random.Random(seed)
     harmless = [row.text for row in rows if row.label == 0 and 20 < len(row.text) < 400]
     short = [row for row in rows if len(row.text) < 300]
-    if not short or not harmless:
+    tame = [row for row in short if row.label == 0]
+    if not tame or not harmless:
         return []
     words = sorted({word for text in harmless for word in re.findall(r"[A-Za-z]{3,9}", text)})
     out = []
     for _ in range(count):
         row = rng.choice(short)
-        kind = rng.choice(("noise", "padding", "padding", "suffix"))
+        kind = rng.choice(("noise", "padding", "padding", "suffix", "disguise"))
         if kind == "noise":
             text = noise(row.text, rng)
+        elif kind == "disguise":
+            row = rng.choice(tame)
+            text = obfuscate.apply(rng.choice(DISGUISES), row.text, rng)
         elif kind == "padding":
             other, joint = rng.choice(harmless), rng.choice(("\n\n", "\n", " ", " Also: ", "\n---\n", ". By the way, "))
             text = row.text + joint + other if rng.random() < 0.5 else other + joint + row.text

@@ -247,6 +247,9 @@ class Ppo(L.LightningModule):
         self._score = float(scores.mean())
         if settings.no_eos_score is not None:
             scores = torch.where(rollout.ended, scores, settings.no_eos_score)
+        if settings.empty_score is not None:
+            said = torch.tensor([bool(text.strip()) for text in rollout.texts])
+            scores = torch.where(said, scores, settings.empty_score)
         shape = rollout.mask.shape
         old, reference, values = (torch.zeros(shape) for _ in range(3))
         with self._timed("reread"), torch.no_grad():

@@ -227,6 +227,22 @@ def test_an_answer_without_an_end_gets_the_penalty():
     assert (stage._gather(prompts()).scores != -7.0).all()
 
 
+def test_an_answer_without_text_gets_a_score_of_its_own(monkeypatch):
+    stage = make_stage(no_eos_score=None, empty_score=-7.0)
+    drawn = stage._draw
+
+    def silent(*parts, **more):
+        rollout = drawn(*parts, **more)
+        rollout.texts[1], rollout.texts[4] = "", " \n"
+        return rollout
+
+    monkeypatch.setattr(stage, "_draw", silent)
+    scores = stage._gather(prompts()).scores
+    assert (scores == -7.0).nonzero().flatten().tolist() == [1, 4]
+    stage.settings.empty_score = None
+    assert (stage._gather(prompts()).scores != -7.0).all()
+
+
 def test_the_score_is_earned_at_the_last_token_and_the_divergence_everywhere():
     stage = make_stage(lam=1.0, beta=0.5)
     with torch.no_grad():
