@@ -22,7 +22,8 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
     """Load a trained model for answering.
 
     Args:
-        path: A run folder (`runs/quickstart`) or a folder written by `save_pretrained`.
+        path: A run folder (`runs/quickstart`), a folder written by `save_pretrained`, or the name of a language model
+            (`smollm2-135m-instruct`), which then answers as it is, without pictures.
         device: `auto` (the GPU where there is one), `cpu`, `cuda`, `mps`.
         precision: `auto` is bf16 on a GPU that has it and fp32 elsewhere (exact text); `fp32`; `bf16`; or
             `fp16`, `int8` (weights of the language model only, on the CPU). All but fp32 are faster, and the text may differ.

@@ -185,13 +185,17 @@ def _usable(args: argparse.Namespace) -> list[Task]:
 # Arguments
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose complaints are a `UsageError`."""
+
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         raise UsageError(message)
 
 
-def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """The type of an argument that is a number within bounds."""
+
     def parse(text: str) -> Any:
         try:
             value = kind(text)
@@ -208,7 +212,7 @@ def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. Raises UsageError."""
-    parser = _Parser(
+    parser = CommandLine(
         prog="python -m mmgpt.label",
         description="Rank answers, or write better ones, at the terminal.",
         epilog=f"{HELP}\n\n{EPILOG}",
@@ -219,16 +223,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--labeller", metavar="NAME", help="who judges: letters, digits, . _ -")
     add("--prompts", metavar="FILE", help="a file or folder, or a named data source")
     add("--split", metavar="NAME", help="only this split of it")
-    add("--limit", type=_number(int, 1, 10**9), metavar="N", help="only its first N prompts")
+    add("--limit", type=number(int, 1, 10**9), metavar="N", help="only its first N prompts")
     add("--out", metavar="FILE", help="rankings, in JSON lines (default: labels-NAME.jsonl)")
     add("--model", metavar="RUN", help="draws the answers to prompts that have none: a run, or an exported model")
-    add("--samples", type=_number(int, 2, MOST_ANSWERS), default=4, metavar="K", help="answers to draw (default: 4)")
-    add("--temperature", type=_number(float, 1e-3, 100), default=1.0, metavar="T", help="at which they are drawn (default: 1)")
-    add("--max_new_tokens", type=_number(int, 1, 10**6), default=128, metavar="N", help="their longest, in tokens (default: 128)")
+    add("--samples", type=number(int, 2, MOST_ANSWERS), default=4, metavar="K", help="answers to draw (default: 4)")
+    add("--temperature", type=number(float, 1e-3, 100), default=1.0, metavar="T", help="at which they are drawn (default: 1)")
+    add("--max_new_tokens", type=number(int, 1, 10**6), default=128, metavar="N", help="their longest, in tokens (default: 128)")
     add("--device", default="auto", help="auto (default), cpu, cuda, mps")
     add(
         "--seed",
-        type=_number(int, 0, 2**63 - 1),
+        type=number(int, 0, 2**63 - 1),
         default=0,
         metavar="N",
         help="of what is drawn, and of the order it is shown in",

@@ -18,7 +18,7 @@ whoever wants another style edits a proposition or adds examples, and fits again
     python -m safety.rules --fit            fit, and write data/rules_coefficients.json
     python -m safety.rules --test FILE...   the same figures on other examples
     python -m safety.rules --prompts FILE   write prompts, half of them asking for harm, for a policy to learn from
-    python -m safety.rules --demonstrations FILE   write refusals in style and plain answers, to begin with
+    python -m safety.rules --demonstrations FILE [--answers FILE]   write refusals in style and plain answers, to begin with
 
 Examples are JSONL with prompt, answer, grade ("AB" in a file to test on: either is right) and category, a key of the taxonomy
 or "harmless". Exit codes: 0 done, 1 a file is broken, 2 wrong usage.
@@ -39,7 +39,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -309,29 +309,74 @@ def write_prompts(path: Path, held_out: int = 5) -> int:
 
     Every `held_out`-th pair is `val`, both halves of it. Returns how many prompts there are.
     """
-    rows = []
+    rows = list(_contrast(held_out))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return len(rows)
+
+
+def _contrast(held_out: int = 5) -> Iterator[dict[str, Any]]:
     for file in sorted(PAIRS.glob("*.jsonl")):
         for number, line in enumerate(filter(str.strip, file.read_text(encoding="utf-8").split("\n"))):
             pair = json.loads(line)
             split = "train" if number % held_out else "val"
             for label, key in ((1, "sensitive"), (0, "harmless")):
-                rows.append({"prompt": pair[key].strip(), "label": label, "category": pair["category"], "split": split})
+                yield {"prompt": pair[key].strip(), "label": label, "category": pair["category"], "split": split}
+
+
+def write_demonstrations(path: Path, answers: Path | None = None) -> int:
+    """Write conversations to learn from: refusals of harmful prompts in the desired style, and answers to harmless ones.
+
+    They are the examples that are as they should be. With `answers`, also one for every prompt of the contrast pairs that is not
+    held out: what a model answered to the harmless half, as far as it is a safe answer, up to its last whole sentence; and
+    refusals of the other half. A model that is shown refusals alone refuses what only looks harmful, too.
+
+    Args:
+        path: The file, JSONL with `messages`.
+        answers: Answers of a model to the prompts of `--prompts`, as `python -m mmgpt.answer` writes them.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        RulesError: a file cannot be read.
+    """
+    good = [e for e in read_examples(EXAMPLES) if e.grade == ("D" if e.category == "harmless" else "A")]
+    pairs = [(example.prompt, example.answer) for example in good]
+    if answers is not None:
+        said = _answered(answers)
+        # What fits any prompt: it names nothing of its own.
+        refusals = sorted({e.answer for e in good if e.grade == "A" and len(e.answer) < 60 and _fits_any(e.answer)})
+        for number, row in enumerate(row for row in _contrast() if row["split"] == "train"):
+            prompt, harmful = row["prompt"], row["label"] == 1
+            answer = refusals[number % len(refusals)] if harmful else _whole_sentences(said.get(prompt, ""))
+            if answer and (harmful or grade(prompt, answer, 0.0).letter == "D"):
+                pairs.append((prompt, answer))
+    rows = [
+        {"messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]} for pair in pairs
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
 
 
-def write_demonstrations(path: Path) -> int:
-    """Write the examples that are as they should be as conversations to learn from, one a line: refusals in the desired style of
-    harmful prompts, and answers to harmless ones. Returns how many there are."""
-    rows = []
-    for example in read_examples(EXAMPLES):
-        if example.grade == ("D" if example.category == "harmless" else "A"):
-            said = {"user": example.prompt, "assistant": example.answer}
-            rows.append({"messages": [{"role": role, "content": text} for role, text in said.items()]})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return len(rows)
+def _answered(path: Path) -> dict[str, str]:
+    """Answers by their prompts. Raises RulesError where the file is not what `python -m mmgpt.answer` writes."""
+    try:
+        rows = [json.loads(line)["messages"] for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n"))]
+        return {as_text(asked["content"]).strip(): as_text(answer["content"]) for asked, answer in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RulesError(f"{path} holds no answers ({error!r}); python -m mmgpt.answer writes them") from None
+
+
+def _fits_any(refusal: str) -> bool:
+    return re.search(r"(with|about|to do) (that|this)\b|this request|that request|that one", refusal) is not None
+
+
+def _whole_sentences(text: str) -> str:
+    """A text up to the end of its last sentence; nothing where none ends."""
+    found = re.match(r".*[.!?](?=\s|$)", text.strip(), re.DOTALL)
+    return found[0] if found else ""
 
 
 # Examples, measurement
@@ -487,6 +532,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--test", nargs="+", type=Path, metavar="FILE", help="accuracy of the shipped grader on other examples")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="write the contrast pairs as prompts for `RuleReward`")
     what.add_argument("--demonstrations", type=Path, metavar="FILE", help="write refusals in style and answers to learn from")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="with --demonstrations: a model's answers to the prompts")
     parser.add_argument("--examples", type=Path, default=EXAMPLES, metavar="FILE", help="JSONL to fit or measure on")
     parser.add_argument("--output", type=Path, default=COEFFICIENTS, metavar="FILE", help="where --fit writes")
     parser.add_argument("--errors", action="store_true", help="list what is misjudged")
@@ -499,7 +545,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.prompts:
             print(f"{args.prompts}: {write_prompts(args.prompts)} prompts")
         elif args.demonstrations:
-            print(f"{args.demonstrations}: {write_demonstrations(args.demonstrations)} conversations")
+            print(f"{args.demonstrations}: {write_demonstrations(args.demonstrations, args.answers)} conversations")
         elif args.test:
             print("\n\n".join(measure_on(path, args.errors) for path in args.test))
         else:

@@ -241,31 +241,43 @@ class Labels:
         self._judged.add(task.key)
 
     def _portable(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Messages as JSON has them: pictures as paths that start from the folder of the file."""
-        result = []
-        for message in messages:
-            parts = [
-                {"type": "image", "image": os.path.relpath(self.picture(part["image"]), self.path.parent)}
-                if part["type"] == "image"
-                else dict(part)
-                for part in message["content"]
-            ]
-            result.append({"role": message["role"], "content": parts})
-        return result
+        return portable(messages, self.path)
 
     def picture(self, image: Any) -> Path:
-        """Where a picture lies; one inside a table or an archive, or made up, is copied to a folder beside the rankings first."""
-        if isinstance(image, str | Path):
-            return Path(image)
-        content = image_bytes(image)
-        path = self.path.with_name(f"{self.path.stem}.images") / f"{image_key(image)[:32]}{'.png' if content is None else ''}"
-        if not path.exists():
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if content is None:
-                    image.save(path)
-                else:
-                    path.write_bytes(content)
-            except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        return path
+        """Where a picture lies (`picture_beside`)."""
+        return picture_beside(image, self.path)
+
+
+# Pictures
+
+
+def portable(messages: Sequence[Message], file: Path) -> list[dict[str, Any]]:
+    """Messages as JSON has them: pictures as paths that start from the folder of the file they are written to."""
+    result = []
+    for message in messages:
+        parts = [
+            {"type": "image", "image": os.path.relpath(picture_beside(part["image"], file), file.parent)}
+            if part["type"] == "image"
+            else dict(part)
+            for part in message["content"]
+        ]
+        result.append({"role": message["role"], "content": parts})
+    return result
+
+
+def picture_beside(image: Any, file: Path) -> Path:
+    """Where a picture lies; one inside a table or an archive, or made up, is copied to a folder beside a file first."""
+    if isinstance(image, str | Path):
+        return Path(image)
+    content = image_bytes(image)
+    path = file.with_name(f"{file.stem}.images") / f"{image_key(image)[:32]}{'.png' if content is None else ''}"
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if content is None:
+                image.save(path)
+            else:
+                path.write_bytes(content)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    return path

@@ -30,13 +30,25 @@ def load_for_answering(path: str | Path, *, device: str = "auto", precision: str
     if precision in ("fp16", "int8") and place.type != "cpu":
         raise UsageError(f"precision {precision} is for the CPU; a GPU is faster in bf16")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = MultimodalGPT.from_pretrained(path, dtype=dtype)
+    model = _named(path) or MultimodalGPT.from_pretrained(path, dtype=dtype)
     _return_freed_memory()
     model.to(place, dtype)
     release = place.type == "cpu" and precision != "fp32"
     model.decoder = Decoder.from_language(model.language, precision, release=release)  # type: ignore[arg-type]
     _return_freed_memory()
     return model.eval()
+
+
+def _named(path: str | Path) -> MultimodalGPT | None:
+    """The language model of that name, as it is; None where the name is another thing, or a folder."""
+    from mmgpt.config import LanguageConfig, ModelConfig
+    from mmgpt.model.multimodal import MultimodalGPT
+    from mmgpt.parts import PARTS
+
+    part = PARTS.get(str(path))
+    if part is None or part.kind != "language" or Path(path).exists():
+        return None
+    return MultimodalGPT.from_config(ModelConfig(vision=None, language=LanguageConfig(name=part.name)))
 
 
 def _return_freed_memory() -> None:

@@ -446,6 +446,35 @@ def test_demonstrations_are_as_they_should_be(tmp_path):
     assert {(e.grade, e.category == "harmless") for e in grades} == {("A", False), ("D", True)} and len(rows) > 100
 
 
+def test_demonstrations_take_safe_answers_of_a_model_to_what_only_looks_harmful(tmp_path):
+    prompts, answers, path = (tmp_path / name for name in ("prompts.jsonl", "answers.jsonl", "demonstrations.jsonl"))
+    assert main(["--prompts", str(prompts)]) == 0
+    rows = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()]
+    said = ["Open the task manager and end it there. Then", "I'm sorry, but I can't help with that.", "no sentence ends here"]
+    with answers.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(rows):
+            turns = [("user", row["prompt"]), ("assistant", said[number // 2 % 3])]
+            messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    assert main(["--demonstrations", str(path), "--answers", str(answers)]) == 0
+    shown = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        prompt, answer = json.loads(line)["messages"]
+        shown[prompt["content"]] = answer["content"]
+    harmless = {row["prompt"]: number // 2 % 3 for number, row in enumerate(rows) if not row["label"] and row["split"] == "train"}
+    taken = [prompt for prompt in harmless if prompt in shown]
+    assert taken and all(shown[prompt] == "Open the task manager and end it there." and harmless[prompt] == 0 for prompt in taken)
+    harmful = [row["prompt"] for row in rows if row["label"] and row["split"] == "train"]
+    assert all(grade(prompt, shown[prompt], 1.0).letter == "A" for prompt in harmful) and len(harmful) > 500
+    assert not {row["prompt"] for row in rows if row["split"] == "val"} & set(shown)
+
+
+def test_answers_of_another_form_are_refused(tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "x"}\n')
+    assert main(["--demonstrations", str(tmp_path / "d.jsonl"), "--answers", str(tmp_path / "x.jsonl")]) == 1
+    assert "holds no answers" in capsys.readouterr().err
+
+
 def test_a_file_that_is_none_of_prompts_is_refused(tmp_path):
     with pytest.raises(RulesError, match="--prompts writes one"):
         RuleReward(str(tmp_path / "nothing.jsonl"))
