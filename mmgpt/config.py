@@ -273,7 +273,7 @@ class EvaluateConfig:
 
     Args:
         generate: Validation samples that are answered at each validation; their text is printed and kept in samples.md.
-        final: Samples answered after training for the exact-match accuracy; null is all of them, 0 none.
+        final: Samples answered after training for the exact-match accuracy; null is all of them, 0 counts none.
         max_new_tokens: Length limit of an answer.
         source: What the final accuracy is measured on; null is the validation sources.
         examples: Pictures written to `examples/` beside samples.md.

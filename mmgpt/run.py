@@ -469,11 +469,17 @@ class Run:
             report = RejectionReport(self.folder / "bad_samples.jsonl")
             longest = self._longest(model)
             items, _ = load_items(sources, model.encode, max_length=longest, report=report, seed=config.trainer.seed)
-        if items and config.evaluate.final != 0:
+        # Answers that are not counted are shown all the same: captions have no one right form.
+        counted = config.evaluate.final != 0
+        if items and (counted or config.evaluate.examples):
             import mmgpt
 
-            score, answered = exact_match(mmgpt.load(self.folder), items, config.evaluate, images=stage.images)
-            say(f"exact answers on {score.total} held-out samples: {score.share:.1%}")
+            asked = config.evaluate if counted else dataclasses.replace(config.evaluate, final=config.evaluate.examples)
+            score, answered = exact_match(mmgpt.load(self.folder), items, asked, images=stage.images)
+            if counted:
+                say(f"exact answers on {score.total} held-out samples: {score.share:.1%}")
+            else:
+                score = None
         examples = write_report(self.folder, answered or items, config, score=score, seconds=seconds)
         say(f"report: {self.folder / 'samples.md'}, {self.folder / 'loss.png'}")
         if examples:

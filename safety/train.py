@@ -32,6 +32,7 @@ from safety import calibrate, card, sources, weights
 from safety.classifier import Linear, Transformer, features
 from safety.dataset import OUTPUTS, Data, Split, build, targets
 from safety.evaluate import auroc, ece
+from safety.export import export, full_precision
 from safety.filter import CANARIES
 from safety.sources import Row
 from safety.taxonomy import KEYS
@@ -359,42 +360,6 @@ def train_encoder(rows: list[Row], config: EncoderConfig, seed: int, run_dir: Pa
     trainer.fit(model, ckpt_path=str(last) if last.exists() else None, weights_only=False)
     last.unlink(missing_ok=True)  # of a run that is done nothing is left to go on from
     return model.encoder.eval(), spec
-
-
-def export(encoder: torch.nn.Module, target: Path) -> None:
-    """Write the encoder as int8 ONNX: weights with one scale an output, activations by the text that is read."""
-    import tempfile
-
-    import torch
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        full = Path(folder) / "encoder.onnx"
-        torch.onnx.export(
-            encoder,
-            (torch.ones(1, 24, dtype=torch.long),),
-            str(full),
-            dynamo=False,
-            input_names=["ids"],
-            output_names=["logits"],
-            dynamic_axes={"ids": {1: "tokens"}},
-            opset_version=17,
-        )
-        logging.getLogger().setLevel(logging.ERROR)  # the quantiser advises a preprocessing that changes nothing here
-        quantize_dynamic(full, target, weight_type=QuantType.QInt8, per_channel=True, extra_options={"MatMulConstBOnly": True})
-
-
-def full_precision(encoder: torch.nn.Module, transformer: Transformer, texts: list[str]) -> np.ndarray:
-    """What `transformer.logits` would give without quantisation, float32 [N, 1 + K]."""
-    import torch
-
-    rows = []
-    with torch.inference_mode():
-        for encoding in transformer.tokenizer.encode_batch(texts, add_special_tokens=False):
-            pieces = [[transformer.ends[0], *ids, transformer.ends[1]] for ids in transformer.pieces(encoding.ids)]
-            rows.append(torch.stack([encoder(torch.tensor([ids]))[0] for ids in pieces]).amax(0).float().numpy())
-    return np.stack(rows)
 
 
 def _trainer(epochs: int, **options: Any) -> Any:

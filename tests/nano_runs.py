@@ -37,6 +37,7 @@ TINY = {
     "data.batch_size": 4,
     "evaluate.generate": 0,
     "evaluate.final": 0,
+    "evaluate.examples": 0,
 }  # fmt: skip
 
 

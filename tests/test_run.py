@@ -84,6 +84,16 @@ def test_run_folder_is_complete(whole: tuple[Path, Path]) -> None:
     assert not {name for name in names if name.startswith(".")}
 
 
+def test_answers_that_are_not_counted_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    config = write_config(tmp_path / "config.yaml", trainer__max_steps=1, evaluate__examples=3)
+    assert train(config, "--run_dir", str(run)) == 0
+    samples = (run / "samples.md").read_text()
+    assert len(list((run / "examples").glob("*.jpg"))) == 3 and samples.count("![](examples/") == 3
+    assert "Reference: " in samples or "Exact: " in samples
+    assert "held-out answers are exact" not in samples and "exact answers on" not in capsys.readouterr().err
+
+
 def test_kill_9_in_the_middle_of_a_checkpoint_write(tmp_path: Path, whole: tuple[Path, Path]) -> None:
     config, uninterrupted = whole
     run = tmp_path / "run"
