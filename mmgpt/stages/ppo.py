@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -26,16 +25,16 @@ from mmgpt.config import RunConfig
 from mmgpt.data.features import ImageSource
 from mmgpt.data.loader import BatchLoader
 from mmgpt.data.messages import Message
-from mmgpt.data.packing import Batch
 from mmgpt.data.prompts import Prompt
 from mmgpt.errors import UserError
 from mmgpt.model.adapters import adapters_off
-from mmgpt.model.heads import RewardModel, ScalarHead
+from mmgpt.model.heads import RewardModel
 from mmgpt.model.language import width_of
 from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.rl import kl as kl_penalty
 from mmgpt.rl.advantages import explained_variance, gae, masked_mean, sum_over_ranks, token_rewards, whiten
 from mmgpt.rl.engine import Engine, VllmEngine
+from mmgpt.rl.experience import Experience, Minibatch, Value
 from mmgpt.rl.losses import policy_loss, value_loss
 from mmgpt.rl.rewards import Scores, WeightedReward
 from mmgpt.rl.rollout import Replay, Rollout, draw, replay, seeded
@@ -53,77 +52,6 @@ RATIO_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """How far from 1 a probability ratio may be before anything was learnt: old and new probabilities come from the same forward."""
 RISE_FROM = 0.1
 """Where the learning rate's warm-up begins, as a share of its peak (Ouyang et al. 2022, appendix C.4)."""
-
-
-@dataclass
-class Experience:
-    """The answers of an iteration with everything that is learnt from them.
-
-    Args:
-        rollout: N answers.
-        scores: [N], their rewards, or the penalty for one without an end.
-        old: [N, T], log-probabilities under the policy that drew them, from the training forward.
-        reference: [N, T], under the reference.
-        values: [N, T], predicted returns.
-        advantages: [N, T], whitened.
-        returns: [N, T], what the values should have been.
-    """
-
-    rollout: Rollout
-    scores: Tensor
-    old: Tensor
-    reference: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-
-@dataclass
-class Minibatch:
-    """Some answers as the models read them.
-
-    Args:
-        batch, places: Of `Rollout.minibatch`; the pictures are the policy's features or pixels of them.
-        tokens: [n, T] long.
-        mask: [n, T] bool.
-        reference_images, value_images: What the reference and the value network see of the pictures.
-    """
-
-    batch: Batch
-    places: Tensor
-    tokens: Tensor
-    mask: Tensor
-    reference_images: Tensor | None
-    value_images: Tensor | None
-
-    def of(self, images: Tensor | None) -> Minibatch:
-        """The same with other images."""
-        return replace(self, batch=replace(self.batch, images=images))
-
-
-class Value(nn.Module):
-    """Predicts the return of an answer at each of its tokens: a head on the policy's states, or a network of its own.
-
-    Args:
-        width: Of the policy's states.
-        network: A reward model to begin as (Ouyang et al. 2022, appendix C.4); None puts a new head on the policy's states.
-    """
-
-    def __init__(self, width: int, network: RewardModel | None = None):
-        super().__init__()
-        self.network = None if network is None else network.model
-        self.head = ScalarHead(width) if network is None else network.head
-        if network is None:
-            # It knows nothing yet: a value of 0, not a guess, is what the first advantages are measured against.
-            nn.init.zeros_(self.head.weight)
-
-    def forward(self, policy: Replay, part: Minibatch) -> Tensor:
-        """[n, T] values, 0 outside of the mask; `policy` is what the policy said of the same answers."""
-        states = policy.hidden
-        if self.network is not None:
-            hidden = self.network.hidden(part.of(part.value_images).batch)
-            states = hidden.gather(1, part.places[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.head(states).masked_fill(~part.mask, 0.0)
 
 
 class Ppo(L.LightningModule):

@@ -18,8 +18,9 @@ from mmgpt.data.prompts import Prompt
 from mmgpt.loop.metrics import read_metrics
 from mmgpt.model.heads import RewardModel
 from mmgpt.model.multimodal import MultimodalGPT
+from mmgpt.rl.experience import Experience
 from mmgpt.rl.rewards import WeightedReward
-from mmgpt.stages.ppo import Experience, Ppo
+from mmgpt.stages.ppo import Ppo
 
 LETTERS = {"class_path": "mmgpt.data.letters.LetterReward"}
 RUN: dict[str, Any] = {
