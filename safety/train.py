@@ -452,7 +452,8 @@ def execute(config: Config) -> Path:
 
     split = build(config.data, config.seed)
     say(f"data: {json.dumps(split.counts)}")
-    target = Path(config.output)
+    # The weights that are there work until new ones are whole: files of two trainings do not fit each other.
+    output, target = Path(config.output), Path(config.run_dir) / "weights"
     target.mkdir(parents=True, exist_ok=True)
     texts = [row.text for row in split.dev]
     label = np.array([row.label for row in split.dev])
@@ -478,7 +479,7 @@ def execute(config: Config) -> Path:
     (target / weights.CALIBRATION).write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
     weights.seal(target)
     size = sum((target / name).stat().st_size for name in (*weights.FILES, weights.CALIBRATION))
-    if target.resolve() != weights.FOLDER.resolve() and config.data.tests:
+    if config.data.tests:
         # A folder of weights beside the shipped one has its own canaries.
         shutil.copyfile(CANARIES, target / CANARIES.name)
     say(f"thresholds {json.dumps(calibration['thresholds'])}; {size / 1e6:.1f} MB")
@@ -486,8 +487,15 @@ def execute(config: Config) -> Path:
         raise UserError(f"the weights take {size:,} bytes, {LIMIT:,} are allowed: lower encoder.vocabulary or linear.bits")
     if config.data.tests:
         (target / card.NAME).write_text(card.render(target, config.data.tests), encoding="utf-8")
+    shipped = output.resolve() == weights.FOLDER.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    for file in sorted(target.iterdir()):
+        if not (shipped and file.name == CANARIES.name):
+            shutil.copyfile(file, fresh := output / f".{file.name}.tmp")  # the run may lie on another disk
+            os.replace(fresh, output / file.name)
+    shutil.rmtree(target)
     say("done")
-    return target
+    return output
 
 
 def main(arguments: list[str] | None = None) -> int:

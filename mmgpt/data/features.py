@@ -201,14 +201,16 @@ class ImageSource:
             return None
         if not self.frozen:
             return torch.stack([prepared.pixels[key] for key in prepared.keys])
-        names = list(prepared.pixels)
-        for start in range(0, len(names), self.chunk):
-            part = names[start : start + self.chunk]
-            for key, features in zip(part, self._encode(torch.stack([prepared.pixels[name] for name in part]))):
-                prepared.found[key] = features
-                if self.cache is not None and _names_image(key):
-                    self.cache.put(key, features)
-        return torch.stack([prepared.found[key] for key in prepared.keys])
+        # Whoever asks may be under autocast: what is kept must not depend on that, and fp16 cannot be stacked under it on a CPU.
+        with torch.autocast(self.encoder.trunk.patch_embed.proj.weight.device.type, enabled=False):
+            names = list(prepared.pixels)
+            for start in range(0, len(names), self.chunk):
+                part = names[start : start + self.chunk]
+                for key, features in zip(part, self._encode(torch.stack([prepared.pixels[name] for name in part]))):
+                    prepared.found[key] = features
+                    if self.cache is not None and _names_image(key):
+                        self.cache.put(key, features)
+            return torch.stack([prepared.found[key] for key in prepared.keys])
 
     def __call__(self, images: Sequence[Any]) -> torch.Tensor | None:
         """Both steps at once."""

@@ -218,6 +218,15 @@ def test_a_frozen_encoder_runs_once_an_image(tmp_path, encoder):
     assert seen == [2, 2, 1, 1]
 
 
+def test_autocast_around_it_changes_nothing(tmp_path, encoder):
+    """PPO asks for features inside the training step, where there is autocast."""
+    plain, cached = (ImageSource(encoder, cache, frozen=True) for cache in (None, FeatureCache(tmp_path, "f", 1)))
+    wanted = plain([noise(1), noise(2)])
+    with torch.autocast("cpu", torch.bfloat16):
+        for source in (plain, cached, cached):
+            assert torch.equal(source([noise(1), noise(2)]), wanted)
+
+
 def test_a_trained_encoder_gets_pixels(encoder):
     pixels = ImageSource(encoder, None, frozen=False)([noise(0), noise(1)])
     assert torch.equal(pixels, torch.stack([encoder.preprocess(noise(i)) for i in range(2)]))
