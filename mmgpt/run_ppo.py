@@ -124,7 +124,7 @@ class PpoRun(PromptRun):
         ppo, seed = self.config.ppo, self.config.trainer.seed
         assert isinstance(stage, Ppo)
         stage.held_out = validation
-        stage.reward.to(model.device)
+        stage.reward.to(model.device, bf16=self.precision == "bf16-mixed")
         if ppo.ptx.sources:
             items, total = load_text(
                 ppo.ptx.sources, model.tokenizer, model.encode, length=ppo.ptx.length, report=report, seed=seed

@@ -89,14 +89,23 @@ class LearnedReward:
 
         self.model = RewardModel.from_pretrained(path)
         self.batch_size = batch_size
+        self.bf16 = False
 
-    def to(self, device: torch.device) -> LearnedReward:
+    def to(self, device: torch.device, *, bf16: bool = False) -> LearnedReward:
+        """Move to a device; with `bf16`, encoder and language model are kept and multiplied in it, the head stays in fp32."""
+        self.bf16 = bf16
         self.model.to(device)
+        if bf16:
+            for part in (self.model.vision, self.model.language):
+                # Parameters alone: rotary frequencies, which are buffers, would lose their low bits.
+                for parameter in () if part is None else part.parameters():
+                    parameter.data = parameter.data.to(torch.bfloat16)
         return self
 
     def __call__(self, prompts: Sequence[Any], answers: Sequence[str], images: Any = None) -> Tensor:
         """[N] scores in fp32."""
-        return self.model.score(prompts, answers, batch_size=self.batch_size)
+        with torch.autocast(self.model.model.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.model.score(prompts, answers, batch_size=self.batch_size)
 
 
 @dataclass
@@ -169,11 +178,11 @@ class WeightedReward:
             values = values + weight * own[name]
         return Scores(values, own, problem)
 
-    def to(self, device: torch.device) -> WeightedReward:
-        """Move what can be moved to the device that answers are drawn on."""
+    def to(self, device: torch.device, *, bf16: bool = False) -> WeightedReward:
+        """Move what can be moved to the device that answers are drawn on, learned rewards to the precision that the run has."""
         for _, _, reward in self.terms:
             if isinstance(reward, LearnedReward):
-                reward.to(device)
+                reward.to(device, bf16=bf16)
         return self
 
 

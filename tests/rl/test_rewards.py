@@ -10,12 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import noise, tiny_model
 
 from mmgpt.data.letters import LetterReward, rank_letters
 from mmgpt.data.messages import user
 from mmgpt.data.preferences import Preference
 from mmgpt.errors import UsageError, UserError
-from mmgpt.rl.rewards import RewardTerm, WeightedReward, fit_weight, judge, load_reward
+from mmgpt.model.heads import RewardModel
+from mmgpt.rl.rewards import LearnedReward, RewardTerm, WeightedReward, fit_weight, judge, load_reward
 
 PROMPTS = [[user("say a 2")], [user("say b 1")], [user("say c 3")]]
 ANSWERS = ["aa", "bb", "c"]
@@ -135,3 +137,17 @@ def test_the_fitted_weight_has_the_least_hinge_loss(pairs: list[tuple[float, flo
 
 def test_a_reward_that_says_nothing_weighs_nothing():
     assert fit_weight(np.array([0.2, -1.0]), np.zeros(2)) == 0.0
+
+
+def test_a_learned_reward_in_bf16_is_near_the_one_in_fp32(tmp_path):
+    """With pictures; its rotary frequencies and its head stay in single precision."""
+    RewardModel(tiny_model()).save_pretrained(tmp_path / "reward")
+    prompts = [[user("what is it?", [noise(seed)])] for seed in range(4)]
+    answers = ["a", "something longer than that", "b c d", "e"]
+    exact = LearnedReward(tmp_path / "reward")
+    rounded = LearnedReward(tmp_path / "reward").to(torch.device("cpu"), bf16=True)
+    wanted, found = exact(prompts, answers), rounded(prompts, answers)
+    assert found.dtype == torch.float32 and not torch.equal(found, wanted)
+    assert (found - wanted).abs().max() < 0.2 * wanted.std()
+    assert rounded.model.head.weight.dtype == torch.float32
+    assert {buffer.dtype for buffer in rounded.model.language.buffers() if buffer.is_floating_point()} == {torch.float32}
