@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from mmgpt.config import RunConfig, SourceConfig, check_values
+from mmgpt.config import RunConfig, SourceConfig, TrainerConfig, check_values
 from mmgpt.errors import UsageError, run_cli
 
 if TYPE_CHECKING:
@@ -207,6 +207,11 @@ def runs_before(config: RunConfig, seen: tuple[str, ...] = ()) -> list[RunConfig
         if (folder / "model" / "config.json").is_file() or any(other.run_dir == before.run_dir for other in needed):
             continue
         before.resume = (folder / "checkpoints" / "last.ckpt").is_file()
+        # The machine is the same one: what was said of it on the command line holds for all runs.
+        for name in ("threads", "accelerator", "devices", "progress"):
+            value = getattr(config.trainer, name)
+            if value != getattr(TrainerConfig(), name):
+                setattr(before.trainer, name, value)
         needed += runs_before(dataclasses.replace(before, resume=False), (*seen, name))
         needed.append(before)
     return needed

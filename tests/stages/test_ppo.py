@@ -21,6 +21,7 @@ from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.rl.experience import Experience
 from mmgpt.rl.rewards import WeightedReward
 from mmgpt.stages.ppo import Ppo
+from mmgpt.train import parse, runs_before
 
 LETTERS = {"class_path": "mmgpt.data.letters.LetterReward"}
 RUN: dict[str, Any] = {
@@ -454,6 +455,8 @@ def test_a_run_takes_the_runs_before_it_first(tmp_path: Path, capsys: pytest.Cap
         model__init_from=str(tmp_path / "a"),
         ppo__iterations=1,
     )
+    (before,) = runs_before(parse(["--config", str(config), "--trainer.threads", "3", "--trainer.accelerator", "cpu"]))
+    assert before.stage == "instruct" and (before.trainer.threads, before.trainer.accelerator) == (3, "cpu")
     assert train(config) == 0
     assert f"first: {tmp_path / 'a'} (instruct)" in capsys.readouterr().err
     assert train(config, "--overwrite", "true") == 0
