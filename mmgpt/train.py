@@ -208,10 +208,10 @@ def runs_before(config: RunConfig, seen: tuple[str, ...] = ()) -> list[RunConfig
             continue
         before.resume = (folder / "checkpoints" / "last.ckpt").is_file()
         # The machine is the same one: what was said of it on the command line holds for all runs.
-        for name in ("threads", "accelerator", "devices", "progress"):
-            value = getattr(config.trainer, name)
-            if value != getattr(TrainerConfig(), name):
-                setattr(before.trainer, name, value)
+        for key in ("threads", "accelerator", "devices", "progress"):
+            value = getattr(config.trainer, key)
+            if value != getattr(TrainerConfig(), key):
+                setattr(before.trainer, key, value)
         needed += runs_before(dataclasses.replace(before, resume=False), (*seen, name))
         needed.append(before)
     return needed
