@@ -48,10 +48,11 @@ class LetterReward:
 
 
 def letter_prompts(split: str | None) -> list[tuple[str, int]]:
-    """The letters and counts of a split: one count of every letter is `val`, another for its neighbour, and in no other split."""
+    """The letters and counts of a split: every fifth of all combinations is `val`, and in no other split."""
     every = [(letter, count) for letter in LETTERS for count in range(1, MOST + 1)]
-    held = {(letter, 1 + place % MOST) for place, letter in enumerate(LETTERS)}
-    return [pair for pair in every if split is None or (pair in held) == (split == "val")]
+    random.Random("letters").shuffle(every)
+    held = every[::5]
+    return held if split == "val" else [pair for pair in every if split is None or pair not in held]
 
 
 def draw_letters(split: str | None, count: int = 512) -> Iterator[Sample]:
@@ -74,15 +75,13 @@ def rank_letters(split: str | None, count: int = 512, answers: int = 4) -> Itera
         while len(drawn) < answers or len({letter_reward(prompt, answer) for answer in drawn}) < 2:
             # Some with other signs, or a reward model would know nothing of them, and a policy would find out.
             others = LETTERS if rng.random() < 0.85 else SIGNS
-            # And some with the right one alone, of which only the number can be wrong: what a policy comes to in the end.
-            right = 1.0 if rng.random() < 0.25 else None
-            if (answer := _draw_answer(letter, rng, others, right)) not in drawn:
+            if (answer := _draw_answer(letter, rng, others)) not in drawn:
                 drawn = [answer, *drawn][: max(answers, 2)]
         rng.shuffle(drawn)
         pairs = ranked_pairs([-letter_reward(prompt, answer) for answer in drawn])
         yield Preference(prompt, drawn, pairs, answers * (answers - 1) // 2, f"letters[{split} {number}]")
 
 
-def _draw_answer(letter: str, rng: random.Random, others: str = LETTERS, right: float | None = None) -> str:
-    right = rng.random() if right is None else right
+def _draw_answer(letter: str, rng: random.Random, others: str = LETTERS) -> str:
+    right = rng.random()
     return "".join(letter if rng.random() < right else rng.choice(others) for _ in range(rng.randint(1, MOST + 2)))
