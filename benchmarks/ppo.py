@@ -1,6 +1,6 @@
 """An iteration of PPO against TRL's: answers drawn, judged, read again, learnt from.
 
-    python benchmarks/ppo.py [--tasks full,lora] [--rounds 3] [--batch_size 32] [--new_tokens 48] [--threads 2]
+    python benchmarks/ppo.py [--tasks full,lora] [--rounds 2] [--iterations 2] [--batch_size 32] [--new_tokens 48] [--threads 2]
 
 Both sides have the same language model (SmolLM2-135M-Instruct), the same prompts (AlpacaEval's instructions of up to 64 tokens),
 a reward model of the same size with a new head, one pass over the answers in minibatches of half the batch, sampling at
@@ -10,8 +10,8 @@ which turned off are the reference; ours then has its values from a head on the 
 network.
 
 The peer is trl 1.12.0, the last release with `trl.experimental.ppo`, in a virtual environment of its own, made at the first
-start. Both processes stay alive and take turns, an iteration each; the first one warms up. One JSON object on stdout: seconds of
-the best and the median iteration, answers a second, peak memory, and the ratios.
+start. The sides take turns, a process each (both at once need more than 24 GB); of a process's iterations the first warms up.
+One JSON object on stdout: seconds of the best and the median iteration, answers a second, peak memory, and the ratios.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Turns:
         self.started = 0.0
 
     def wait(self) -> None:
-        """Ready: until the other side has had its turn."""
+        """Ready: until the next iteration is asked for."""
         print(json.dumps({"ready": True}), file=self.out, flush=True)
         if not sys.stdin.readline().strip():
             os._exit(0)
@@ -98,7 +98,7 @@ def ours(task: dict[str, Any]) -> None:
         "ppo.temperature": TEMPERATURE,
         "ppo.rewards": json.dumps(rewards),
         "ppo.value_from": task["reward"] if full else "null",
-        "ppo.ema": "null" if full else 0.95,
+        "ppo.ema": 0.0 if full else 0.95,
         "ppo.ptx.sources": "[]",
         "ppo.no_eos_score": -1.0,
         "ppo.max_kl": 1e6,
@@ -184,7 +184,7 @@ def trl(task: dict[str, Any]) -> None:
 
 
 class Side:
-    """A process that waits for its turn."""
+    """A process that waits to be told to go on."""
 
     def __init__(self, name: str, python: str, task: dict[str, Any], folder: Path) -> None:
         self.name = name
@@ -244,21 +244,22 @@ def prepare(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "bf16": machine.pick_precision("auto", machine.pick_device("cpu")) == "bf16",
         "batch_size": settings.batch_size,
         "new_tokens": settings.new_tokens,
+        "iterations": settings.iterations,
         "threads": settings.threads,
     }
 
 
 def compare(task: dict[str, Any], pythons: dict[str, str], rounds: int, folder: Path) -> dict[str, Any]:
-    sides = {name: Side(name, python, task, folder) for name, python in pythons.items()}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, side in sides.items():
-            row = side.turn()
-            print(f"{task['name']}, round {number}, {name}: {row}", file=sys.stderr, flush=True)
-            if number:
-                found[name].append(row)
-    for side in sides.values():
-        side.close()
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in pythons}
+    for number in range(rounds):
+        for name, python in pythons.items():
+            side = Side(name, python, task, folder)
+            for iteration in range(task["iterations"] + 1):
+                row = side.turn()
+                print(f"{task['name']}, round {number}, {name}: {row}", file=sys.stderr, flush=True)
+                if iteration:
+                    found[name].append(row)
+            side.close()
     report: dict[str, Any] = {}
     for name, rows in found.items():
         seconds = [row["seconds"] for row in rows]
@@ -280,7 +281,8 @@ def compare(task: dict[str, Any], pythons: dict[str, str], rounds: int, folder: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="full,lora")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--iterations", type=int, default=2, help="measured of each process")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--new_tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2))
