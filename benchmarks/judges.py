@@ -22,7 +22,7 @@ import numpy as np
 
 from mmgpt.config import SourceConfig
 from mmgpt.data.messages import user
-from mmgpt.data.preferences import Preference, read_preferences
+from mmgpt.data.preferences import Preference, read_preferences, side_by_side
 from mmgpt.errors import UsageError, UserError, run_cli
 from mmgpt.evaluate.ranking import Ranking, kendall_tau_c
 from mmgpt.model.heads import RewardModel
@@ -30,10 +30,8 @@ from mmgpt.model.heads import RewardModel
 
 def rank(model: RewardModel, preferences: list[Preference]) -> Ranking:
     """The scores of all answers, and who was preferred."""
-    prompts = [item.prompt for item in preferences for _ in item.answers]
-    texts = [text for item in preferences for text in item.answers]
-    starts = np.cumsum([0, *(len(item.answers) for item in preferences)])
-    better, worse = zip(*((start + b, start + w) for start, item in zip(starts, preferences) for b, w in item.pairs))
+    prompts, texts, decided = side_by_side(preferences)
+    better, worse = zip(*decided)
     lengths = [len(model.model.tokenizer.encode(text)) for text in texts]
     owners = np.repeat(np.arange(len(preferences)), [len(item.answers) for item in preferences])
     scores = model.score(prompts, texts, batch_size=32).numpy()

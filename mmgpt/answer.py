@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from mmgpt.config import SourceConfig
-from mmgpt.data.labels import Task, portable, read_tasks
-from mmgpt.data.messages import Rejected, assistant
+from mmgpt.data.labels import Task, portable
+from mmgpt.data.messages import assistant
 from mmgpt.data.readers import json_records
 from mmgpt.errors import UsageError, UserError, run_cli
+from mmgpt.label import CommandLine, number, usable_tasks
 
 EPILOG = """\
 Prompts are whatever the stages read (docs/data.md, docs/rlhf.md): conversations and captions without their answers, preferences,
@@ -66,7 +67,8 @@ def answer(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out).absolute()
     if not out.parent.is_dir():
         raise UsageError(f"--out {arguments.out}: there is no folder {out.parent}")
-    tasks = _prompts(arguments)
+    source = SourceConfig(path=arguments.prompts, split=arguments.split, limit=arguments.limit, question=arguments.question)
+    tasks = usable_tasks(source)
     done = _answered(out, tasks)
     if done == len(tasks):
         print(f"all {done} prompts are answered already: {out}", file=sys.stderr)
@@ -84,19 +86,6 @@ def answer(arguments: argparse.Namespace) -> None:
             file.flush()
             print(f"{min(start + size, len(tasks))} of {len(tasks)} prompts answered", file=sys.stderr, flush=True)
     print(f"{len(tasks)} prompts: {out}", file=sys.stderr)
-
-
-def _prompts(arguments: argparse.Namespace) -> list[Task]:
-    source = SourceConfig(path=arguments.prompts, split=arguments.split, limit=arguments.limit, question=arguments.question)
-    tasks = []
-    for item in read_tasks(source):
-        if isinstance(item, Rejected):
-            print(f"{item.where}: left out: {item.detail}", file=sys.stderr)
-        else:
-            tasks.append(item)
-    if not tasks:
-        raise UserError(f"no usable prompt in {arguments.prompts}")
-    return tasks
 
 
 def _answered(out: Path, tasks: Sequence[Task]) -> int:
@@ -137,8 +126,6 @@ def _row(task: Task, texts: list[str], samples: int, out: Path) -> dict[str, Any
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. Raises UsageError."""
-    from mmgpt.label import CommandLine, number
-
     parser = CommandLine(
         prog="python -m mmgpt.answer",
         description="Let a model answer many prompts.",

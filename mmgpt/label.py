@@ -170,15 +170,22 @@ def label(args: argparse.Namespace) -> None:
 
 
 def _usable(args: argparse.Namespace) -> list[Task]:
-    found = list(read_tasks(SourceConfig(path=args.prompts, split=args.split, limit=args.limit)))
-    tasks = [item for item in found if isinstance(item, Task)]
-    for item in found:
-        if isinstance(item, Rejected):
-            print(f"{item.where}: left out: {item.detail}", file=sys.stderr)
-    if not tasks:
-        raise UserError(f"no usable prompt in {args.prompts}")
+    tasks = usable_tasks(SourceConfig(path=args.prompts, split=args.split, limit=args.limit))
     if not args.model and not any(len(task.answers) > 1 for task in tasks):
         raise UsageError(f"{args.prompts} has no answers to rank; --model RUN draws them")
+    return tasks
+
+
+def usable_tasks(source: SourceConfig) -> list[Task]:
+    """The prompts of a source; what is left out is said on stderr. Raises UserError where none remains."""
+    tasks = []
+    for item in read_tasks(source):
+        if isinstance(item, Rejected):
+            print(f"{item.where}: left out: {item.detail}", file=sys.stderr)
+        else:
+            tasks.append(item)
+    if not tasks:
+        raise UserError(f"no usable prompt in {source.path}")
     return tasks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -69,3 +70,14 @@ def pick_precision(name: str, device: torch.device) -> str:
     if name == "auto":
         return words["bf16"] if has_bf16(device) else words["fp32"]
     return words[name]
+
+
+def keep_in_bf16(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Round weights that do not learn, where autocast would convert them again in every forward.
+
+    Parameters alone: rotary frequencies, which are buffers, would lose their low bits.
+    """
+    import torch
+
+    for parameter in parameters:
+        parameter.data = parameter.data.to(torch.bfloat16)

@@ -337,9 +337,7 @@ class Run:
                 # FSDP joins the weights of a block to one tensor: there, adapters and what they adapt need one type.
                 if module is None or (self.config.trainer.strategy == "fsdp" and len(frozen) < len(list(module.parameters()))):
                     continue
-                # Parameters alone: rotary frequencies, which are buffers, would lose their low bits.
-                for parameter in frozen:
-                    parameter.data = parameter.data.to(torch.bfloat16)
+                machine.keep_in_bf16(frozen)
         if device.type != "cpu":
             model.to(device)
 

@@ -15,6 +15,7 @@ A row is one of these:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -328,6 +329,15 @@ class _Votes:
                 yield Rejected("only_ties", where, "as many votes for the one answer as for the other")
             else:
                 yield Preference(prompt, answers, [(0, 1) if self.balance[key] > 0 else (1, 0)], 1, where)
+
+
+def side_by_side(preferences: Sequence[Preference]) -> tuple[list[list[Message]], list[str], list[tuple[int, int]]]:
+    """All answers of preferences in one list: the prompt of each, its text, and the pairs as places in that list."""
+    prompts = [preference.prompt for preference in preferences for _ in preference.answers]
+    answers = [answer for preference in preferences for answer in preference.answers]
+    starts = itertools.accumulate((len(preference.answers) for preference in preferences), initial=0)
+    pairs = [(start + better, start + worse) for start, item in zip(starts, preferences) for better, worse in item.pairs]
+    return prompts, answers, pairs
 
 
 # Prompts as a whole

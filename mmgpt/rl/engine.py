@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,34 +20,6 @@ from mmgpt.errors import UsageError
 
 if TYPE_CHECKING:
     from mmgpt.model.multimodal import MultimodalGPT
-
-
-class Engine(Protocol):
-    """What draws answers in the decoder's place."""
-
-    def draw(
-        self,
-        model: MultimodalGPT,
-        prompts: Sequence[Tensor],
-        owners: Sequence[int],
-        limits: Sequence[int],
-        seeds: Sequence[int],
-        temperature: float,
-    ) -> list[tuple[list[int], list[float]]]:
-        """Draw answers from the policy as it is now.
-
-        Args:
-            model: The policy.
-            prompts: Input embeddings of each prompt, [L, H].
-            owners: For each answer, its prompt.
-            limits: Most tokens of each answer.
-            seeds: Of each answer.
-            temperature: Divides the logits.
-
-        Returns:
-            For each answer its tokens, the end token included where it was drawn, and their log-probabilities.
-        """
-        ...
 
 
 class VllmEngine:
@@ -96,7 +68,19 @@ class VllmEngine:
         seeds: Sequence[int],
         temperature: float,
     ) -> list[tuple[list[int], list[float]]]:
-        """See `Engine.draw`."""
+        """Draw answers from the policy as it is now.
+
+        Args:
+            model: The policy.
+            prompts: Input embeddings of each prompt, [L, H].
+            owners: For each answer, its prompt.
+            limits: Most tokens of each answer.
+            seeds: Of each answer.
+            temperature: Divides the logits.
+
+        Returns:
+            For each answer its tokens, the end token included where it was drawn, and their log-probabilities.
+        """
         self.engine.apply_model(lambda served: _load(served, model.language))
         end, image = model.tokenizer.eos_id, model.tokenizer.image_id
         forbidden = {image: -100.0} if image < model.language.get_output_embeddings().weight.shape[0] else None

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmgpt import machine
 from mmgpt.data.messages import Message, images_of
 from mmgpt.errors import UsageError, UserError
 
@@ -97,9 +98,7 @@ class LearnedReward:
         self.model.to(device)
         if bf16:
             for part in (self.model.vision, self.model.language):
-                # Parameters alone: rotary frequencies, which are buffers, would lose their low bits.
-                for parameter in () if part is None else part.parameters():
-                    parameter.data = parameter.data.to(torch.bfloat16)
+                machine.keep_in_bf16(() if part is None else part.parameters())
         return self
 
     def __call__(self, prompts: Sequence[Any], answers: Sequence[str], images: Any = None) -> Tensor:
@@ -221,11 +220,10 @@ def margins(learned: WeightedReward, rule: WeightedReward, ranked: Sequence[Pref
     Raises:
         UserError: one of them cannot judge any pair.
     """
-    prompts = [preference.prompt for preference in ranked for _ in preference.answers]
-    answers = [answer for preference in ranked for answer in preference.answers]
+    from mmgpt.data.preferences import side_by_side
+
+    prompts, answers, pairs = side_by_side(ranked)
     values = [reward(prompts, answers).values.double().numpy() for reward in (learned, rule)]
-    starts = np.cumsum([0, *(len(preference.answers) for preference in ranked)])
-    pairs = [(start + better, start + worse) for start, item in zip(starts, ranked) for better, worse in item.pairs]
     better, worse = (np.array(side, dtype=int) for side in zip(*pairs)) if pairs else (np.zeros(0, int), np.zeros(0, int))
     found = [value[better] - value[worse] for value in values]
     known = np.isfinite(found[0]) & np.isfinite(found[1])

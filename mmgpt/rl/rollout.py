@@ -26,7 +26,7 @@ from mmgpt.rl.losses import entropy_of, log_probs_of
 if TYPE_CHECKING:
     from mmgpt.model.decoder import Decoder
     from mmgpt.model.multimodal import MultimodalGPT
-    from mmgpt.rl.engine import Engine
+    from mmgpt.rl.engine import VllmEngine
 
 
 @dataclass
@@ -118,7 +118,7 @@ def draw(
     seed: int | str,
     batch_size: int = 32,
     decoder: Decoder | None = None,
-    engine: Engine | None = None,
+    engine: VllmEngine | None = None,
 ) -> Rollout:
     """Let the policy answer prompts.
 
@@ -260,7 +260,7 @@ def _draw_batch(
 
 def _draw_elsewhere(
     model: MultimodalGPT,
-    engine: Engine,
+    engine: VllmEngine,
     prompts: Sequence[Any],
     samples: int,
     limits: Sequence[int],

@@ -33,7 +33,7 @@ from mmgpt.model.language import width_of
 from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.rl import kl as kl_penalty
 from mmgpt.rl.advantages import explained_variance, gae, masked_mean, sum_over_ranks, token_rewards, whiten
-from mmgpt.rl.engine import Engine, VllmEngine
+from mmgpt.rl.engine import VllmEngine
 from mmgpt.rl.experience import Experience, Minibatch, Value
 from mmgpt.rl.losses import policy_loss, value_loss
 from mmgpt.rl.rewards import Scores, WeightedReward
@@ -308,7 +308,7 @@ class Ppo(L.LightningModule):
                 engine=self._engine(),
             )
 
-    def _engine(self) -> Engine | None:
+    def _engine(self) -> VllmEngine | None:
         """What draws in the decoder's place; it is started when it is first needed."""
         if self.settings.engine == "vllm" and "engine" not in self.__dict__:
             self.__dict__["engine"] = VllmEngine(self.model, self.settings.engine_memory)
