@@ -48,11 +48,11 @@ class LetterReward:
 
 
 def letter_prompts(split: str | None) -> list[tuple[str, int]]:
-    """The letters and counts of a split: every fifth of all combinations is `val`, and in no other split."""
+    """The letters and counts of a split: one count of each letter is `val`, every count as often as it can be, and in no other split."""
+    letters = random.Random("letters").sample(LETTERS, len(LETTERS))
+    held = {(letter, place % MOST + 1) for place, letter in enumerate(letters)}
     every = [(letter, count) for letter in LETTERS for count in range(1, MOST + 1)]
-    random.Random("letters").shuffle(every)
-    held = every[::5]
-    return held if split == "val" else [pair for pair in every if split is None or pair not in held]
+    return [pair for pair in every if split is None or (pair in held) == (split == "val")]
 
 
 def draw_letters(split: str | None, count: int = 512) -> Iterator[Sample]:
@@ -73,8 +73,9 @@ def rank_letters(split: str | None, count: int = 512, answers: int = 4) -> Itera
         prompt = [user(f"say {letter} {times}")]
         drawn: list[str] = [letter * times] if rng.random() < 0.5 else []
         while len(drawn) < answers or len({letter_reward(prompt, answer) for answer in drawn}) < 2:
-            # Some with other signs, or a reward model would know nothing of them, and a policy would find out.
-            others = LETTERS if rng.random() < 0.85 else SIGNS
+            # Some with other signs, or a reward model would know nothing of them, and a policy would find out. Some of the
+            # letter alone, so that it learns to count: drawn place by place, few answers are.
+            others = letter if rng.random() < 0.25 else LETTERS if rng.random() < 0.85 else SIGNS
             if (answer := _draw_answer(letter, rng, others)) not in drawn:
                 drawn = [answer, *drawn][: max(answers, 2)]
         rng.shuffle(drawn)
