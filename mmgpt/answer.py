@@ -50,7 +50,8 @@ class Answerer:
         if arguments.temperature == 0:
             from mmgpt.generate import Sampling
 
-            found = self.model.generate(prompts, sampling=Sampling(max_new_tokens=arguments.max_new_tokens))
+            sampling = Sampling(max_new_tokens=arguments.max_new_tokens)
+            found = self.model.generate(prompts, sampling=sampling, batch_size=arguments.batch_size)
             return [[answer.text.strip()] for answer in found]
         from mmgpt.rl.rollout import draw
 

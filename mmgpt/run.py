@@ -221,7 +221,8 @@ class Run:
             return []
         now = _flat(yaml.safe_load(yaml.safe_dump(dataclasses.asdict(self.config))))
         changed = [key for key in now if before.get(key) != now[key] and not key.startswith(FREE_KEYS)]
-        return [f"{key} ({before.get(key)} -> {now[key]})" for key in changed]
+        values = {key: f"{before.get(key)} -> {now[key]}" for key in changed}
+        return [f"{key} ({values[key]})" if len(values[key]) < 100 else key for key in changed]
 
     def _items(self, model: MultimodalGPT, report: RejectionReport) -> tuple[list[Any], list[Any]]:
         data, seed = self.config.data, self.config.trainer.seed

@@ -14,7 +14,8 @@ from mmgpt.data.messages import Message, Sample, assistant, text_of, user
 from mmgpt.data.preferences import Preference, ranked_pairs
 
 LETTERS = "abcdefghijkl"
-SIGNS = "".join(map(chr, range(33, 127)))
+SIGNS = "".join(sign for sign in map(chr, range(128)) if not sign.isspace()) + "\N{REPLACEMENT CHARACTER}" * 32
+"""What a model that writes bytes may say beside letters: half of all bytes are no character, and are read as this one."""
 MOST = 5
 _ASKED = re.compile(r"say ([a-z]) (\d+)")
 
@@ -48,7 +49,7 @@ class LetterReward:
 
 
 def letter_prompts(split: str | None) -> list[tuple[str, int]]:
-    """The letters and counts of a split: one count of each letter is `val`, every count as often as it can be, and in no other split."""
+    """The letters and counts of a split: one count of each letter is `val` and in no other split, the counts evenly."""
     letters = random.Random("letters").sample(LETTERS, len(LETTERS))
     held = {(letter, place % MOST + 1) for place, letter in enumerate(letters)}
     every = [(letter, count) for letter in LETTERS for count in range(1, MOST + 1)]
@@ -73,14 +74,22 @@ def rank_letters(split: str | None, count: int = 512, answers: int = 4) -> Itera
         prompt = [user(f"say {letter} {times}")]
         drawn: list[str] = [letter * times] if rng.random() < 0.5 else []
         while len(drawn) < answers or len({letter_reward(prompt, answer) for answer in drawn}) < 2:
-            # Some with other signs, or a reward model would know nothing of them, and a policy would find out. Some of the
-            # letter alone, so that it learns to count: drawn place by place, few answers are.
-            others = letter if rng.random() < 0.25 else LETTERS if rng.random() < 0.85 else SIGNS
-            if (answer := _draw_answer(letter, rng, others)) not in drawn:
+            if (answer := _draw_ranked(letter, times, rng)) not in drawn:
                 drawn = [answer, *drawn][: max(answers, 2)]
         rng.shuffle(drawn)
         pairs = ranked_pairs([-letter_reward(prompt, answer) for answer in drawn])
         yield Preference(prompt, drawn, pairs, answers * (answers - 1) // 2, f"letters[{split} {number}]")
+
+
+def _draw_ranked(letter: str, times: int, rng: random.Random) -> str:
+    """An answer to rank: what a policy is likely to try, or the reward model knows nothing of it and the policy finds out."""
+    kind = rng.random()
+    if kind < 0.2:  # the letter alone, which teaches to count: drawn place by place, few answers are
+        return letter * rng.randint(1, MOST + 2)
+    if kind < 0.4:  # the right answer with one character exchanged, added or left out
+        at, other = rng.randrange(times), rng.choice(LETTERS if rng.random() < 0.7 else SIGNS)
+        return letter * at + rng.choice((other, other + letter, "")) + letter * (times - at - 1) or other
+    return _draw_answer(letter, rng, LETTERS if kind < 0.9 else SIGNS)
 
 
 def _draw_answer(letter: str, rng: random.Random, others: str = LETTERS) -> str:

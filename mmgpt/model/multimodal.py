@@ -104,9 +104,7 @@ class MultimodalGPT(nn.Module):
         vision = projector = None
         if config.vision is not None:
             vision = load_vision(config.vision)
-            projector = make_projector(
-                config.projector, grid=vision.grid, width=vision.width, hidden=width_of(language)
-            )
+            projector = make_projector(config.projector, grid=vision.grid, width=vision.width, hidden=width_of(language))
         model = cls(config, tokenizer, language, vision, projector)
         model.add_adapters()
         return model
@@ -233,9 +231,7 @@ class MultimodalGPT(nn.Module):
             total, correct = total + part, correct + right
         return LossSum(total, int(targets.numel()), correct)
 
-    def _chunk_loss(
-        self, rows: torch.Tensor, targets: torch.Tensor, label_smoothing: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _chunk_loss(self, rows: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
         logits = logits_of(self.language, rows)
         loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
         return loss, (logits.detach().argmax(-1) == targets).sum()
@@ -312,16 +308,16 @@ class MultimodalGPT(nn.Module):
         """
         return self.generate([[user(question, _as_list(image))]], sampling=sampling)[0].text
 
-    def ask_batch(self, pairs: Sequence[tuple[Any, str]], *, sampling: Sampling | None = None) -> list[str]:
-        """Answer many (image, question) pairs side by side; the same answers as one by one."""
+    def ask_batch(self, pairs: Sequence[tuple[Any, str]], *, sampling: Sampling | None = None, batch_size: int = 16) -> list[str]:
+        """Answer many (image, question) pairs, `batch_size` side by side; the same answers as one by one."""
         conversations = [[user(question, _as_list(image))] for image, question in pairs]
-        return [answer.text for answer in self.generate(conversations, sampling=sampling)]
+        return [answer.text for answer in self.generate(conversations, sampling=sampling, batch_size=batch_size)]
 
-    def generate(self, conversations: Sequence[Any], *, sampling: Sampling | None = None) -> list[Answer]:
-        """Answer conversations; see `mmgpt.generate.generate`."""
+    def generate(self, conversations: Sequence[Any], *, sampling: Sampling | None = None, batch_size: int = 16) -> list[Answer]:
+        """Answer conversations, at most `batch_size` side by side; see `mmgpt.generate.generate`."""
         from mmgpt.generate import Sampling, generate
 
-        return generate(self, conversations, sampling or Sampling(), decoder=self.decoder)
+        return generate(self, conversations, sampling or Sampling(), batch_size, decoder=self.decoder)
 
     def stream(self, messages: Any, *, sampling: Sampling | None = None) -> Iterator[str]:
         """Answer one conversation piece by piece; see `mmgpt.generate.stream`."""
@@ -331,9 +327,7 @@ class MultimodalGPT(nn.Module):
 
     # Files
 
-    def save_pretrained(
-        self, folder: str | Path, *, full: bool = True, beside: Callable[[Path], None] | None = None
-    ) -> None:
+    def save_pretrained(self, folder: str | Path, *, full: bool = True, beside: Callable[[Path], None] | None = None) -> None:
         """Write config.json, model.safetensors, the tokenizer and preprocessor_config.json, all or nothing.
 
         Args:
@@ -435,9 +429,7 @@ class MultimodalGPT(nn.Module):
     def _stored(self, whole: Collection[str]) -> list[str]:
         """Names of the weights in a file: all of the parts stored whole, the adapters of the others; tied ones once."""
         tied = {f"language.{key}" for key in getattr(self.language, "all_tied_weights_keys", None) or ()}
-        return [
-            key for key in self.state_dict() if key not in tied and (key.split(".")[0] in whole or ".lora_" in key)
-        ]
+        return [key for key in self.state_dict() if key not in tied and (key.split(".")[0] in whole or ".lora_" in key)]
 
     def _load(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         expected = self.state_dict()
@@ -476,6 +468,7 @@ def find_model(folder: str | Path) -> Path:
 
 def model_config(description: dict[str, Any]) -> ModelConfig:
     """The `ModelConfig` inside an exported config.json."""
+
     def lora(part: dict[str, Any]) -> dict[str, Any]:
         return {**part, "lora": LoraConfig(**part["lora"])}
 
