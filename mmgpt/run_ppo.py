@@ -126,14 +126,18 @@ class PpoRun(PromptRun):
         stage.held_out = validation
         stage.reward.to(model.device, bf16=self.precision == "bf16-mixed")
         if ppo.ptx.sources:
+            # Counted by itself: prompts that were left out are no bad texts.
+            texts = RejectionReport(report.path)
             items, total = load_text(
-                ppo.ptx.sources, model.tokenizer, model.encode, length=ppo.ptx.length, report=report, seed=seed
+                ppo.ptx.sources, model.tokenizer, model.encode, length=ppo.ptx.length, report=texts, seed=seed
             )
-            report.check(total, self.config.data.max_bad)
+            texts.check(total, self.config.data.max_bad)
+            if len(texts):
+                say(f"pretraining text: {texts.summary()}")
             if not items:
                 raise UserError(f"no text in {', '.join(source.path for source in ppo.ptx.sources)}")
             packing = DataConfig(max_length=ppo.ptx.length, batch_size=ppo.ptx.batch_size)
-            stage.ptx = BatchLoader(items, packing, images=None, **self._loading(model, report, trainer))
+            stage.ptx = BatchLoader(items, packing, images=None, **self._loading(model, texts, trainer))
         shared = dict(rank=trainer.global_rank, world=trainer.world_size)
         return PromptLoader(train, ppo.iterations, ppo.batch_size, seed=seed, **shared), None
 

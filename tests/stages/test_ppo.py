@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -468,9 +469,14 @@ def test_a_run_takes_the_runs_before_it_first(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_book_can_be_the_pretraining_mix(tmp_path: Path):
     (tmp_path / "book.txt").write_text("once upon a time there was a letter. " * 20)
+    prompts = [{"prompt": f"say c {count % 5 + 1}"} for count in range(20)] + [{"prompt": "say c 1" * 100}] * 3
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     config = write_ppo_config(
         tmp_path / "config.yaml",
         ppo__iterations=2,
+        # Prompts that are too long are no bad texts: a book is one text.
+        data__train=[vars(SourceConfig(path=str(tmp_path / "prompts.jsonl")))],
+        data__max_bad=0.2,
         ppo__ptx={
             "sources": [vars(SourceConfig(path=str(tmp_path / "book.txt")))],
             "coefficient": 1.0,
