@@ -21,12 +21,13 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from peers import Answers, Side, environment, peak_memory_mb
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PEERS = {"cloneguard": "cloneguard[mini]==0.6.0", "stackone": "stackone-defender[onnx]==0.9.4"}
@@ -90,61 +91,36 @@ SIDES = {"ours": ours, "cloneguard": cloneguard, "stackone": stackone}
 
 def serve(side: str, core: int) -> None:
     """Answer lines of JSON until stdin ends: {"texts": [...], "each": bool} by scores, decisions, seconds and memory."""
-    import resource
     from importlib import metadata
 
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a side prints is no answer
+    answers = Answers()
     judge = SIDES[side]()
     judge(["What is the capital of France?"])
     here = {package.metadata["Name"].lower(): package.version for package in metadata.distributions()}
-    print(json.dumps({name: here[name] for name in PACKAGES if name in here}), file=answers, flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
+    answers.give({name: here[name] for name in PACKAGES if name in here})
+    for asked in answers.requests():
         found, seconds = [], []
         for part in [[text] for text in asked["texts"]] if asked["each"] else [asked["texts"]]:
             started = time.perf_counter()
             found += judge(part)
             seconds.append(time.perf_counter() - started)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
-        answer = {"found": found, "seconds": seconds, "peak_memory_mb": peak}
-        print(json.dumps(answer), file=answers, flush=True)
+        answers.give({"found": found, "seconds": seconds, "peak_memory_mb": peak_memory_mb()})
 
 
 # The measuring process
 
 
-class Side:
-    """A side that runs, and how long it took to start: from the process to its first verdict."""
+def begin(name: str, python: Path, core: int) -> Side:
+    """A side that has given its first verdict; `ready` are its packages' versions."""
+    return Side(name, [str(python), str(Path(__file__).resolve()), "--serve", name, "--core", str(core)])
 
-    def __init__(self, name: str, python: Path, core: int) -> None:
-        self.name = name
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        command = [str(python), str(Path(__file__).resolve()), "--serve", name, "--core", str(core)]
-        started = time.perf_counter()
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-        self.versions = self._answer()
-        self.cold = time.perf_counter() - started
 
-    def ask(self, texts: list[str], *, each: bool = False) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        print(json.dumps({"texts": texts, "each": each}), file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None and self.process.stderr is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended:\n{self.process.stderr.read()[-2000:]}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.communicate()
+def judged(side: Side, texts: list[str], *, each: bool = False) -> dict[str, Any]:
+    """What a side says of texts, all at once or one by one; see `serve`."""
+    answer: dict[str, Any] = side.ask({"texts": texts, "each": each})
+    return answer
 
 
 def speed(pythons: dict[str, Path], texts: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -154,22 +130,23 @@ def speed(pythons: dict[str, Path], texts: list[str], options: argparse.Namespac
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
     for number in range(options.rounds + 1):
         for name, python in pythons.items():
-            side = Side(name, python, options.core)
-            row: dict[str, Any] = {"cold_start_s": side.cold}
+            started = time.perf_counter()
+            side = begin(name, python, options.core)
+            row: dict[str, Any] = {"cold_start_s": time.perf_counter() - started}
             if number:  # the first start warms the page cache
-                row["prompts_per_s"] = len(texts) / sum(side.ask(texts)["seconds"])
-                latency = sorted(side.ask(texts, each=True)["seconds"])
+                row["prompts_per_s"] = len(texts) / sum(judged(side, texts)["seconds"])
+                latency = sorted(judged(side, texts, each=True)["seconds"])
                 row["p50_ms"], row["p95_ms"] = (1e3 * latency[int(len(latency) * q)] for q in (0.5, 0.95))
-                row["peak_memory_mb"] = side.ask(texts[:1])["peak_memory_mb"]
-                answer = side.ask([long])
+                row["peak_memory_mb"] = judged(side, texts[:1])["peak_memory_mb"]
+                answer = judged(side, [long])
                 row["ms_per_kb"] = 1e3 * answer["seconds"][0] / (len(long.encode()) / 1000)
                 row["peak_memory_long_mb"] = answer["peak_memory_mb"]
-                row["versions"] = side.versions
+                row["versions"] = side.ready
                 rounds[name].append(row)
                 print(f"round {number}, {name}: {row}", file=sys.stderr, flush=True)
             if number == options.rounds:
                 hidden = [long[:at] + f"\n{HIDDEN}\n" + long[at:] for at in places.values()]
-                found = side.ask([HIDDEN, long, *hidden])["found"]
+                found = judged(side, [HIDDEN, long, *hidden])["found"]
                 rounds[name][-1]["blocked"] = dict(zip(("alone", "long_text", *places), (bool(item[1]) for item in found)))
             side.close()
     report: dict[str, dict[str, Any]] = {}
@@ -194,8 +171,8 @@ def quality(pythons: dict[str, Path], sets: dict[str, list[Any]], core: int) -> 
     report = {}
     for side_name, python in pythons.items():
         print(f"quality of {side_name}: {len(rows)} prompts", file=sys.stderr, flush=True)
-        side = Side(side_name, python, core)
-        found = [item for part in pieces([row.text for _, row in rows], 64) for item in side.ask(part)["found"]]
+        side = begin(side_name, python, core)
+        found = [item for part in pieces([row.text for _, row in rows], 64) for item in judged(side, part)["found"]]
         side.close()
         score, blocked = np.array([item[0] for item in found]), np.array([bool(item[1]) for item in found])
         report[side_name] = {
@@ -217,9 +194,9 @@ def scaling(python: Path, texts: list[str], megabytes: float, core: int) -> dict
     for kind, make in LONG.items():
         rows = report[kind] = {}
         for size in (1_000_000, int(megabytes * 1e6) - 1000):
-            side = Side("ours", python, core)
+            side = begin("ours", python, core)
             text = make(texts, size)
-            answer = side.ask([text])
+            answer = judged(side, [text])
             side.close()
             rows[f"{size / 1e6:g}_mb"] = {
                 "ms_per_kb": round(1e6 * answer["seconds"][0] / len(text.encode()), 3),
@@ -297,8 +274,6 @@ def main() -> None:
         serve(options.serve, options.core)
         return
     sys.path.insert(0, str(REPOSITORY))
-    from peers import environment
-
     from safety.sources import named
 
     pythons = {name: Path(sys.executable) if name == "ours" else environment(PEERS[name]) for name in options.sides}

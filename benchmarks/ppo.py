@@ -20,12 +20,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from peers import Answers, Side, environment, peak_memory_mb
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PEER = ("trl==1.12.0", "torch", "transformers", "peft", "accelerate")
@@ -41,23 +42,20 @@ class Turns:
     """Says when an iteration may begin, and how long it took."""
 
     def __init__(self) -> None:
-        self.out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)  # whatever a library prints is no answer
+        self.answers = Answers()
+        self.requests = self.answers.requests()
         self.started = 0.0
 
     def wait(self) -> None:
         """Ready: until the next iteration is asked for."""
-        print(json.dumps({"ready": True}), file=self.out, flush=True)
-        if not sys.stdin.readline().strip():
+        self.answers.give("ready")
+        if next(self.requests, None) is None:
             os._exit(0)
         self.started = time.perf_counter()
 
     def done(self, tokens: float) -> None:
-        import resource
-
         seconds = time.perf_counter() - self.started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
-        print(json.dumps({"seconds": seconds, "tokens": tokens, "peak_memory_mb": peak}), file=self.out, flush=True)
+        self.answers.give({"seconds": seconds, "tokens": tokens, "peak_memory_mb": peak_memory_mb()})
 
 
 def ours(task: dict[str, Any]) -> None:
@@ -183,40 +181,20 @@ def trl(task: dict[str, Any]) -> None:
 # The measuring process
 
 
-class Side:
-    """A process that waits to be told to go on."""
+def begin(name: str, python: str, task: dict[str, Any], folder: Path) -> Side:
+    """A side that waits for its first iteration."""
+    own = f"{name}-{task['name']}"
+    written = folder / f"{own}.json"
+    written.write_text(json.dumps({**task, "folder": str(folder / own)}), encoding="utf-8")
+    command = [python, str(Path(__file__).resolve()), "--serve", name, "--task", str(written)]
+    return Side(name, command, task["threads"])
 
-    def __init__(self, name: str, python: str, task: dict[str, Any], folder: Path) -> None:
-        self.name = name
-        self.log = folder / f"{name}-{task['name']}.log"
-        written = folder / f"{name}-{task['name']}.json"
-        written.write_text(json.dumps({**task, "folder": str(folder / f"{name}-{task['name']}")}), encoding="utf-8")
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        environment |= {"OMP_NUM_THREADS": str(task["threads"]), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        command = [python, str(Path(__file__).resolve()), "--serve", name, "--task", str(written)]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-            )
-        self._answer()
 
-    def turn(self) -> dict[str, float]:
-        assert self.process.stdin is not None
-        print("go", file=self.process.stdin, flush=True)
-        found = self._answer()
-        self._answer()
-        return found
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended:\n{self.log.read_text(errors='replace')[-3000:]}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+def iterate(side: Side) -> dict[str, float]:
+    """One iteration; the side is ready for the next one then."""
+    found: dict[str, float] = side.ask("go")
+    side.answer()
+    return found
 
 
 def prepare(settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -253,9 +231,9 @@ def compare(task: dict[str, Any], pythons: dict[str, str], rounds: int, folder: 
     found: dict[str, list[dict[str, float]]] = {name: [] for name in pythons}
     for number in range(rounds):
         for name, python in pythons.items():
-            side = Side(name, python, task, folder)
+            side = begin(name, python, task, folder)
             for iteration in range(task["iterations"] + 1):
-                row = side.turn()
+                row = iterate(side)
                 print(f"{task['name']}, round {number}, {name}: {row}", file=sys.stderr, flush=True)
                 if iteration:
                     found[name].append(row)
@@ -294,8 +272,6 @@ def main() -> None:
         {"ours": ours, "trl": trl}[settings.serve](json.loads(settings.task.read_text(encoding="utf-8")))
         return
     sys.path.insert(0, str(REPOSITORY))
-    from peers import environment
-
     wanted = settings.sides.split(",")
     pythons = {name: sys.executable if name == "ours" else str(environment(*PEER)) for name in wanted}
     with tempfile.TemporaryDirectory() as name:
