@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmgpt.config import LoraConfig
@@ -44,17 +45,25 @@ def merge_lora(module: nn.Module) -> None:
 
     for name, layer in list(module.named_modules()):
         if isinstance(layer, LoraLayer):
-            adapted: Any = layer
-            weight = adapted.get_base_layer().weight
-            kept = weight.dtype
-            # Added up in single precision, and rounded once.
-            weight.data = weight.data.float()
-            adapted.merge(safe_merge=True)
-            weight.data = weight.data.to(kept)
+            base: Any = layer.get_base_layer()
+            base.weight.data = merged_weight(layer)
             parent_name, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent_name), child, adapted.get_base_layer())
+            setattr(module.get_submodule(parent_name), child, base)
     # peft's note that there are adapters: it would warn of a second set when the next run adds its own.
     module.__dict__.pop("peft_config", None)
+
+
+@torch.no_grad()
+def merged_weight(layer: Any) -> torch.Tensor:
+    """An adapted layer's weight with its adapters in it, added up in single precision and rounded once; the layer stays as it is.
+
+    Args:
+        layer: A `LoraLayer` of peft.
+    """
+    weight = layer.get_base_layer().weight
+    change = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
+    merged: torch.Tensor = (weight.float() + change).to(weight.dtype)
+    return merged
 
 
 def only_adapters_learn(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmgpt.errors import UsageError
+from mmgpt.model.adapters import merged_weight
 
 if TYPE_CHECKING:
     from mmgpt.model.multimodal import MultimodalGPT
@@ -112,17 +113,11 @@ def merged_weights(language: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of a language model as they would be without adapters, by the names that transformers stores them under."""
     from peft.tuners.lora import LoraLayer
 
-    changes: dict[str, Any] = {
-        f"{name}.base_layer.weight": layer for name, layer in language.named_modules() if isinstance(layer, LoraLayer)
-    }
-    with torch.no_grad():
-        for name, weight in language.named_parameters():
-            if ".lora_" in name:
-                continue
-            if (layer := changes.get(name)) is not None:
-                change = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
-                weight = (weight.float() + change).to(weight.dtype)
-            yield name.replace(".base_layer.", "."), weight.detach()
+    adapted = {f"{name}.base_layer.weight": layer for name, layer in language.named_modules() if isinstance(layer, LoraLayer)}
+    for name, weight in language.named_parameters():
+        if ".lora_" not in name:
+            layer = adapted.get(name)
+            yield name.replace(".base_layer.", "."), weight.detach() if layer is None else merged_weight(layer)
 
 
 def write_merged(language: Any, folder: Path) -> None:
