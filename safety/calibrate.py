@@ -20,11 +20,24 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -np.asarray(logits, np.float64)))
 
 
-def platt(logits: np.ndarray, labels: np.ndarray, *, steps: int = 100, ridge: float = 1e-6) -> tuple[float, float]:
-    """The a and b of p = sigmoid(a z + b) that maximise the likelihood of `labels`, by Newton's method.
+def platt(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """The a and b of p = sigmoid(a z + b) that maximise the likelihood of `labels`; see `logistic`."""
+    a, b = logistic(np.asarray(logits)[:, None], labels)
+    return a, b
 
-    The targets are Platt's, (n1 + 1) / (n1 + 2) and 1 / (n0 + 2) instead of 1 and 0: without them a does not converge
+
+def logistic(logits: np.ndarray, labels: np.ndarray, *, steps: int = 100, ridge: float = 1e-6) -> tuple[float, ...]:
+    """The weights and the bias of p = sigmoid(w . z + b) that maximise the likelihood of `labels`, by Newton's method.
+
+    The targets are Platt's, (n1 + 1) / (n1 + 2) and 1 / (n0 + 2) instead of 1 and 0: without them the weights do not converge
     where the classes do not overlap.
+
+    Args:
+        logits: [N, K].
+        labels: [N] of 0 and 1.
+
+    Returns:
+        K weights, then the bias.
 
     Raises:
         ValueError: a logit is not finite, or a class is missing.
@@ -35,8 +48,9 @@ def platt(logits: np.ndarray, labels: np.ndarray, *, steps: int = 100, ridge: fl
     if y.all() or not y.any():
         raise ValueError("calibration needs prompts with label 1 and with label 0")
     target = np.where(y, (y.sum() + 1) / (y.sum() + 2), 1 / ((~y).sum() + 2))
-    design = np.stack([z, np.ones_like(z)], axis=1)
-    value = np.array([1.0, 0.0])
+    design = np.column_stack([z, np.ones(len(z))])
+    size = design.shape[1]
+    value = np.array([1.0] * (size - 1) + [0.0])
 
     def loss(v: np.ndarray) -> float:
         s = design @ v
@@ -45,14 +59,27 @@ def platt(logits: np.ndarray, labels: np.ndarray, *, steps: int = 100, ridge: fl
     for _ in range(steps):
         p = sigmoid(design @ value)
         gradient = design.T @ (p - target) + ridge * value
-        hessian = (design * (p * (1 - p))[:, None]).T @ design + ridge * np.eye(2)
-        step, size = np.linalg.solve(hessian, gradient), 1.0
-        while loss(value - size * step) > loss(value) and size > 1e-6:
-            size /= 2
-        value = value - size * step
-        if np.abs(size * step).max() < 1e-9:
+        hessian = (design * (p * (1 - p))[:, None]).T @ design + ridge * np.eye(size)
+        step, length = np.linalg.solve(hessian, gradient), 1.0
+        while loss(value - length * step) > loss(value) and length > 1e-6:
+            length /= 2
+        value = value - length * step
+        if np.abs(length * step).max() < 1e-9:
             break
-    return float(value[0]), float(value[1])
+    return tuple(value.tolist())
+
+
+def together(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
+    """How the calibrated logits of both stages make one, [N] each: weight of the first, weight of the second, bias.
+
+    Words and meaning err on different prompts. Where the first stage adds nothing, its weight is 0: it never speaks against a
+    prompt because it is harmless to it.
+    """
+    one, two, bias = logistic(np.stack([first, second], axis=1), labels)
+    if one > 0 and two > 0:
+        return one, two, bias
+    two, bias = platt(second, labels)
+    return 0.0, two, bias
 
 
 @dataclass(frozen=True)

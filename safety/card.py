@@ -59,7 +59,7 @@ hashed n-grams, and all-MiniLM-L6-v2 (Apache-2.0) fine-tuned, with a pruned voca
 `python -m safety.train --config configs/safety.yaml`; every figure here was measured by it or by `python -m safety.card`.
 
 For: English chat prompts to an assistant, before it answers, and its answers while they stream. Not for: other languages
-(hardly any were trained on), legal or medical decisions about people, or as the only protection where a miss is dangerous.
+(few were trained on), legal or medical decisions about people, or as the only protection where a miss is dangerous.
 
 int8 against fp32 on {calibration["development"]["sensitive"]} sensitive and
 {calibration["development"]["everyday"] + calibration["development"]["lookalikes"]} harmless development prompts (a sample of
@@ -83,7 +83,7 @@ def _points(calibration: dict[str, Any]) -> str:
     lines = [
         "## Operating points",
         "",
-        "A prompt whose score reaches the threshold is blocked. Measured on the development split (stage 2): "
+        "A prompt whose score reaches the threshold is blocked. Measured on the development split (both stages): "
         f"{sizes['sensitive']} sensitive prompts, {sizes['everyday']} everyday ones, {sizes['lookalikes']} harmless look-alikes.",
         "",
         "| point | threshold | recall | everyday prompts blocked | look-alikes blocked |",
@@ -92,13 +92,17 @@ def _points(calibration: dict[str, Any]) -> str:
     for name, point in calibration["thresholds"].items():
         cells = [f"{point[key]:.4f}" for key in ("threshold", "recall", "fpr", "lookalike_fpr")]
         lines.append("| " + " | ".join([name, *cells]) + " |")
-    linear, transformer = calibration["linear"], calibration["transformer"]
+    linear, transformer, both = calibration["linear"], calibration["transformer"], calibration["together"]
     lines += [
         "",
-        f"Expected calibration error on the half of it that was not calibrated on: stage 2 {transformer['dev_ece']:.4f}, stage 1 "
-        f"{linear['dev_ece']:.4f}; AUROC there {transformer['dev_auroc']:.4f} and {linear['dev_auroc']:.4f}. Stage 1 passes a "
+        f"What both stages have read is scored by {both['linear']:.2f} of stage 1's and {both['transformer']:.2f} of stage 2's "
+        f"calibrated logit, plus {both['bias']:.2f}.",
+        "",
+        f"Expected calibration error on the half of it that was not calibrated on: both {both['dev_ece']:.4f}, stage 2 "
+        f"{transformer['dev_ece']:.4f}, stage 1 {linear['dev_ece']:.4f}; AUROC there {both['dev_auroc']:.4f}, "
+        f"{transformer['dev_auroc']:.4f} and {linear['dev_auroc']:.4f}. Stage 1 passes a "
         f"window by itself below {linear['clear_below']:.4f}: {linear['clear_share']:.1%} of the harmless prompts, and "
-        f"{linear['clear_loss']:.2%} of the sensitive ones that stage 2 would have blocked at `balanced`.",
+        f"{linear['clear_loss']:.2%} of the sensitive ones that both would have blocked at `balanced`.",
         "",
         "## Test sets",
         "",

@@ -2,8 +2,8 @@
 
     text -> views -> windows -> stage 1, on every window -> stage 2, on those that stage 1 does not clear -> highest score
 
-A text is as sensitive as the most sensitive window of any of its views. Each text is judged by itself: alone, in a batch or
-streamed it gets the same verdict, to the bit.
+What both stages have read is scored by both. A text is as sensitive as the most sensitive window of any of its views. Each text
+is judged by itself: alone, in a batch or streamed it gets the same verdict, to the bit.
 """
 
 from __future__ import annotations
@@ -153,9 +153,10 @@ class Filter:
         files, calibration = read(folder)
         self.model = calibration["seal"][:12]
         try:
-            if calibration["version"] != 1 or tuple(calibration["categories"]) != KEYS:
+            if calibration["version"] != 2 or tuple(calibration["categories"]) != KEYS:
                 raise ValueError("calibration.json is of another version or taxonomy")
             self._scales = [_Scale(calibration[stage]["a"], calibration[stage]["b"]) for stage in ("linear", "transformer")]
+            self._together = _Together(*(calibration["together"][part] for part in ("linear", "transformer", "bias")))
             self._thresholds = {name: float(calibration["thresholds"][name]["threshold"]) for name in POINTS}
             bound = float(calibration["linear"]["clear_below"])
             # Stage 1 may clear only what every operating point would let pass.
@@ -249,9 +250,9 @@ class Filter:
         """Stage 2 on the windows that stage 1 does not clear, the most suspicious first."""
         if case.reason:
             return
-        for read_ in case.suspects():
+        for first, read_ in case.suspects():
             logits = _checked(self._stages[1].logits([read_.text]), 1)
-            value = self._scales[1].sensitive(logits)[0]
+            value = self._together(first, self._scales[1].sensitive(logits)[0])
             if value > case.read.value:
                 case.read = _Scored(value, 1, read_, logits[0])
             # Above the highest threshold every operating point has decided.
@@ -478,8 +479,9 @@ class _Case:
         else:
             heapq.heappushpop(self._heap, entry)
 
-    def suspects(self) -> list[_Read]:
-        return [read_ for _, _, read_ in sorted(self._heap, key=lambda entry: (-entry[0], -entry[1]))]
+    def suspects(self) -> list[tuple[float, _Read]]:
+        """The windows for stage 2 with what stage 1 makes of them, the most suspicious first."""
+        return [(value, read_) for value, _, read_ in sorted(self._heap, key=lambda entry: (-entry[0], -entry[1]))]
 
 
 def _validate(text: Any) -> None:
@@ -546,6 +548,18 @@ class _Scale:
 
     def categories(self, row: Any) -> dict[str, float]:
         return {key: _sigmoid(a * z + b) for key, a, b, z in zip(KEYS, self.a[1:], self.b[1:], row[1:].tolist())}
+
+
+class _Together:
+    """The logit of a window that both stages have read, from their calibrated ones; see `calibrate.together`."""
+
+    def __init__(self, first: float, second: float, bias: float) -> None:
+        self.first, self.second, self.bias = float(first), float(second), float(bias)
+        if not (math.isfinite(self.bias) and 0 <= self.first < math.inf and 0 < self.second < math.inf):
+            raise ValueError("the weights of the stages are negative or not finite")
+
+    def __call__(self, first: float, second: float) -> float:
+        return self.first * first + self.second * second + self.bias
 
 
 def _checked(logits: Any, count: int) -> Any:

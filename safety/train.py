@@ -389,8 +389,12 @@ def fit_calibration(split: Split, first: np.ndarray, second: np.ndarray, config:
     """
     label, mask = targets(split.dev)
     half = np.array([sources.held_out(row, 0.5, config.seed + 1) for row in split.dev])
-    result: dict[str, Any] = {"version": 1, "categories": list(KEYS)}
-    probabilities = {}
+    result: dict[str, Any] = {"version": 2, "categories": list(KEYS)}
+    scaled, probabilities, unseen = {}, {}, ~half
+
+    def unseen_figures(p: np.ndarray) -> dict[str, float]:
+        return {"dev_auroc": round(auroc(label[unseen, 0], p[unseen]), 4), "dev_ece": round(ece(label[unseen, 0], p[unseen]), 4)}
+
     for name, logits in (("linear", first), ("transformer", second)):
         ab = [calibrate.platt(logits[half, 0], label[half, 0])]
         for column in range(1, OUTPUTS):
@@ -398,13 +402,14 @@ def fit_calibration(split: Split, first: np.ndarray, second: np.ndarray, config:
             enough = label[known, column].sum() >= 5
             ab.append(calibrate.platt(logits[known, column], label[known, column]) if enough else ab[0])
         result[name] = {"a": [round(a, 6) for a, _ in ab], "b": [round(b, 6) for _, b in ab]}
-        p = probabilities[name] = calibrate.sigmoid(logits[:, 0] * result[name]["a"][0] + result[name]["b"][0])
-        unseen = ~half
-        result[name] |= {
-            "dev_auroc": round(auroc(label[unseen, 0], p[unseen]), 4),
-            "dev_ece": round(ece(label[unseen, 0], p[unseen]), 4),
-        }
-    p = probabilities["transformer"]
+        scaled[name] = logits[:, 0] * result[name]["a"][0] + result[name]["b"][0]
+        probabilities[name] = calibrate.sigmoid(scaled[name])
+        result[name] |= unseen_figures(probabilities[name])
+    fitted = calibrate.together(scaled["linear"][half], scaled["transformer"][half], label[half, 0])
+    one, two, bias = (round(value, 6) for value in fitted)
+    result["together"] = {"linear": one, "transformer": two, "bias": bias}
+    p = calibrate.sigmoid(one * scaled["linear"] + two * scaled["transformer"] + bias)
+    result["together"] |= unseen_figures(p)
     harmful = label[:, 0] == 1
     lookalike = ~harmful & np.array([row.source in ("pairs", "requests") for row in split.dev])
     points = calibrate.operating_points(p[harmful], p[~harmful & ~lookalike], p[lookalike], config.points)

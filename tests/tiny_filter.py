@@ -29,8 +29,8 @@ GOOD = "How do I bake a pear cake at home?"
 LOOK_ALIKE = "How do I make a bath bomb at home?"
 
 
-def build(folder: Path) -> Path:
-    """Write a sealed folder of weights. Returns it."""
+def build(folder: Path, together: dict[str, float] | None = None) -> Path:
+    """Write a sealed folder of weights, in which stage 2 decides alone unless told otherwise. Returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     linear().save(folder / "linear.npz")
     tokenizer().save(str(folder / "tokenizer.json"))
@@ -38,10 +38,11 @@ def build(folder: Path) -> Path:
     plain = {"a": [1.0] * OUTPUTS, "b": [0.0] * OUTPUTS}
     points = {"strict": STRICT, "balanced": BALANCED, "loose": LOOSE}
     calibration = {
-        "version": 1,
+        "version": 2,
         "categories": list(KEYS),
         "linear": {**plain, "clear_below": CLEAR},
         "transformer": {**plain, "length": 512, "overlap": 8},
+        "together": together or {"linear": 0.0, "transformer": 1.0, "bias": 0.0},
         "thresholds": {name: {"threshold": value, "fpr": 0.01, "recall": 0.9} for name, value in points.items()},
     }
     (folder / "calibration.json").write_text(json.dumps(calibration))

@@ -176,7 +176,11 @@ FAULTS: dict[str, Fault] = {
     "wrong hash": Fault("weights_altered", weights=edit(False, lambda c: c["files"].update({"linear.npz": "0" * 64}))),
     "no hashes": Fault("weights_unreadable", weights=edit(False, lambda c: c.pop("files"))),
     "a file without hash": Fault("weights_altered", weights=edit(False, lambda c: c["files"].pop("tokenizer.json"))),
-    "another version": Fault("weights_unreadable", weights=edit(True, lambda c: c.update(version=2))),
+    "another version": Fault("weights_unreadable", weights=edit(True, lambda c: c.update(version=1))),
+    "stages without weights": Fault("weights_unreadable", weights=edit(True, lambda c: c.pop("together"))),
+    "a stage against": Fault("weights_unreadable", weights=edit(True, lambda c: c["together"].update(linear=-0.1))),
+    "a stage unheard": Fault("weights_unreadable", weights=edit(True, lambda c: c["together"].update(transformer=0.0))),
+    "a bias of NaN": Fault("weights_unreadable", weights=edit(True, lambda c: c["together"].update(bias=float("nan")))),
     "another taxonomy": Fault("weights_unreadable", weights=edit(True, lambda c: c["categories"].reverse())),
     "thresholds out of order": Fault(
         "weights_unreadable", weights=edit(True, lambda c: c["thresholds"]["strict"].update(threshold=0.9))
