@@ -7,13 +7,13 @@ import onnxruntime
 import torch
 from test_train import tiny_encoder
 
-from safety import train
+from safety import fitting
 from safety.export import export, fused
 
 
 def encoder(folder: Path) -> torch.nn.Module:
     torch.manual_seed(0)
-    made = train.encoder_module(tiny_encoder(folder), list(range(95)), 0).eval()
+    made = fitting.encoder_module(tiny_encoder(folder), list(range(95)), 0).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

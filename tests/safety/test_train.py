@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmgpt.errors import UsageError, UserError
-from safety import dataset, sources, train
+from safety import dataset, fitting, sources, train
 from safety.calibrate import Bounds
 from safety.classifier import Linear, Transformer
 from safety.sources import Row
@@ -79,8 +79,8 @@ def config(folder: Path, **changes: object) -> train.Config:
     data = dataset.Data(own=[str(own)], pairs=str(pairs), requests=str(requests), tests=[], holdout=0.3)
     settings = {
         "data": data,
-        "linear": train.LinearConfig(bits=12, epochs=6, lr=0.2),
-        "encoder": train.EncoderConfig(
+        "linear": fitting.LinearConfig(bits=12, epochs=6, lr=0.2),
+        "encoder": fitting.EncoderConfig(
             name=str(tiny_encoder(folder / "encoder")),
             vocabulary=95,
             length=32,
@@ -133,7 +133,7 @@ def test_a_run_leaves_no_checkpoint_and_no_other_files(trained: Path) -> None:
 
 def test_a_stopped_run_goes_on_and_ends_where_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = [Row(str(row["text"]), int(row["label"]), ()) for row in rows(120, 1)]  # type: ignore[call-overload]
-    settings = train.EncoderConfig(
+    settings = fitting.EncoderConfig(
         name=str(tiny_encoder(tmp_path / "encoder")),
         vocabulary=95,
         length=32,
@@ -142,21 +142,21 @@ def test_a_stopped_run_goes_on_and_ends_where_it_would_have(tmp_path: Path, monk
         epochs=2,
         batch_tokens=256,
     )
-    whole, _ = train.train_encoder(made, settings, 0, tmp_path / "whole")
-    real = train._trainer
+    whole, _ = fitting.train_encoder(made, settings, 0, tmp_path / "whole")
+    real = fitting._trainer
 
     def stopping(epochs: int, **options: object) -> object:
         return real(5, **options)
 
-    monkeypatch.setattr(train, "_trainer", stopping)
+    monkeypatch.setattr(fitting, "_trainer", stopping)
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
-    train.train_encoder(made, settings, 0, tmp_path / "parts")
+    fitting.train_encoder(made, settings, 0, tmp_path / "parts")
     assert (tmp_path / "parts" / "last.ckpt").exists()
     monkeypatch.undo()
-    parts, _ = train.train_encoder(made, settings, 0, tmp_path / "parts")
+    parts, _ = fitting.train_encoder(made, settings, 0, tmp_path / "parts")
     # Dropout draws other numbers after a restart: close, not equal.
     moved = [(a - b).abs().max().item() for a, b in zip(whole.parameters(), parts.parameters())]
-    start = train.encoder_module(tmp_path / "encoder", list(range(95)), 0)
+    start = fitting.encoder_module(tmp_path / "encoder", list(range(95)), 0)
     way = [(a - b).abs().max().item() for a, b in zip(whole.bert.parameters(), start.bert.parameters())]
     assert max(moved) < max(way)
 
@@ -168,21 +168,21 @@ def test_categories_that_are_not_known_do_not_count() -> None:
     assert mask[0].tolist() == [1.0] + [0.0] * len(KEYS) and mask[1:].all()
     logits = torch.zeros(1, 1 + len(KEYS), requires_grad=True)
     parts = [torch.from_numpy(part[:1]) for part in (label, mask)]
-    train.loss(logits, *parts, torch.ones(1), categories=1.0).backward()
+    fitting.loss(logits, *parts, torch.ones(1), categories=1.0).backward()
     assert logits.grad is not None and logits.grad[0, 0] != 0 and not logits.grad[0, 1:].any()
 
 
 def test_loss_is_the_weighted_mean_of_binary_cross_entropies() -> None:
     logits = torch.tensor([[2.0, 0.0], [-1.0, 0.0]])
     label, mask = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    value = train.loss(logits, label, mask, torch.tensor([3.0, 1.0]), categories=0.3)
+    value = fitting.loss(logits, label, mask, torch.tensor([3.0, 1.0]), categories=0.3)
     expected = (3 * np.log1p(np.exp(-2)) + np.log1p(np.exp(1))) / 4
     assert value.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_rounding_to_int8_is_within_half_a_step() -> None:
     table = np.random.default_rng(0).normal(size=(64, 17)).astype(np.float32)
-    model = train.quantise(table, np.zeros(17, np.float32))
+    model = fitting.quantise(table, np.zeros(17, np.float32))
     assert np.abs(model.weight * model.scale - table).max() <= model.scale.max() / 2 + 1e-6
     assert (np.abs(model.weight).max(0) == 127).all()
 
@@ -192,7 +192,7 @@ def test_pruning_keeps_letters_and_what_the_texts_use(tmp_path: Path) -> None:
 
     folder = tiny_encoder(tmp_path / "encoder")
     source = json.loads((folder / "tokenizer.json").read_text())
-    pruned, kept = train.prune_vocabulary(source, ["write malware", "bread"], 4 + 2 * 41 + 3)
+    pruned, kept = fitting.prune_vocabulary(source, ["write malware", "bread"], 4 + 2 * 41 + 3)
     names = set(pruned["model"]["vocab"])
     assert {"malware", "bread", "write", "[CLS]", "z", "##z"} <= names and "unused" not in names and "garden" not in names
     old, new = (Tokenizer.from_str(json.dumps(spec)) for spec in (source, pruned))
@@ -204,10 +204,10 @@ def test_pruning_keeps_letters_and_what_the_texts_use(tmp_path: Path) -> None:
 
 def test_batches_hold_every_text_once_within_the_budget() -> None:
     lengths = [random.Random(n).randint(2, 60) for n in range(300)]
-    batches = train.token_batches(lengths, 256, random.Random(0))
+    batches = fitting.token_batches(lengths, 256, random.Random(0))
     assert sorted(n for batch in batches for n in batch) == list(range(300))
     assert all(max(lengths[n] for n in batch) * len(batch) <= 256 for batch in batches)
-    assert batches != train.token_batches(lengths, 256, random.Random(1))
+    assert batches != fitting.token_batches(lengths, 256, random.Random(1))
 
 
 def test_long_harmless_texts_are_read_in_windows_and_sensitive_ones_in_blocks() -> None:
