@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peers import peak_memory_mb
+
 MAX_LENGTH = 1024
 TOLERANCE = 1e-3
 """Relative difference of the first loss: our features are rounded to half precision."""
@@ -361,18 +363,6 @@ def measured(times: list[float], first_loss: float, *, bf16: bool) -> dict[str, 
         "precision": "bf16" if bf16 else "fp32",
         "threads": torch.get_num_threads(),
     }
-
-
-def peak_memory_mb() -> float:
-    """Peak resident memory of this process; `getrusage` counts from before `exec`, so its number may be the parent's."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
-    except (OSError, StopIteration):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 
 
 SIDES = {"ours": train_ours, "peer": train_peer}

@@ -75,7 +75,7 @@ def loss(
 
 
 def train_linear(rows: list[Row], config: LinearConfig, seed: int) -> Linear:
-    """Fit stage 1 by AdamW on the features of `classifier.features`, then round it to int8."""
+    """Fit stage 1 by Adagrad on the features of `classifier.features`, then round it to int8."""
     import lightning as L
     import torch
 

@@ -46,7 +46,10 @@ def merge_lora(module: nn.Module) -> None:
     for name, layer in list(module.named_modules()):
         if isinstance(layer, LoraLayer):
             base: Any = layer.get_base_layer()
-            base.weight.data = merged_weight(layer)
+            merged = merged_weight(layer)
+            if not torch.isfinite(merged).all():
+                raise ValueError(f"the adapters of {name} are broken: the merged weight is not finite")
+            base.weight.data = merged
             parent_name, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent_name), child, base)
     # peft's note that there are adapters: it would warn of a second set when the next run adds its own.

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from mmgpt.data.letters import LETTERS, MOST, letter_prompts, letter_reward, rank_letters
-from mmgpt.data.messages import user
+import pytest
+
+from mmgpt.config import SourceConfig
+from mmgpt.data.letters import LETTERS, MOST, LetterReward, draw_letters, letter_prompts, letter_reward, rank_letters
+from mmgpt.data.messages import Sample, user
+from mmgpt.data.sources import read_source
 
 
 def test_one_count_of_every_letter_is_held_out_and_every_count_about_as_often():
@@ -33,3 +37,25 @@ def test_rankings_follow_the_reward_and_hold_what_a_policy_tries():
         signs += sum("\N{REPLACEMENT CHARACTER}" in answer for answer in item.answers)
     # Near misses, and bytes that are no character: what a reward model has not seen, a policy finds.
     assert near > 100 and signs > 40
+
+
+def test_the_task_of_letters():
+    def worth(letter: str, count: int, answer: str) -> float:
+        return letter_reward([user(f"say {letter} {count}")], answer)
+
+    assert worth("c", 3, "ccc") == 1
+    assert worth("c", 3, "cc") == pytest.approx(2 / 3)
+    assert worth("c", 3, "cxc") == pytest.approx(2 / 3)
+    assert worth("c", 3, "cccc") == pytest.approx(2 / 3)
+    assert worth("c", 3, "") == 0 and worth("c", 1, "x" * 9) == -1
+    assert not set(letter_prompts("train")) & set(letter_prompts("val"))
+    assert sorted(letter_prompts("train") + letter_prompts("val")) == letter_prompts(None)
+    assert {letter for letter, _ in letter_prompts("val")} == {letter for letter, _ in letter_prompts("train")}
+    for preference in rank_letters("train", 50):
+        values = [letter_reward(preference.prompt, answer) for answer in preference.answers]
+        assert len(set(preference.answers)) == 4 and preference.pairs
+        assert all(values[better] > values[worse] for better, worse in preference.pairs)
+    samples = list(draw_letters("val", 50))
+    assert list(read_source(SourceConfig(path="letters", split="val", limit=50))) == samples
+    assert all(isinstance(sample, Sample) for sample in samples) and list(draw_letters("val", 50)) == samples
+    assert LetterReward()([[user("say a 2")]], ["ab"]).tolist() == [0.5]

@@ -106,3 +106,12 @@ def test_adapters_off_is_a_reference_where_adapters_alone_learn(rates: tuple[flo
     model = MultimodalGPT.from_config(config)
     freeze(model, dict(zip(("vision", "projector", "language"), rates)))
     assert only_adapters_learn(model) == alone
+
+
+def test_broken_adapters_are_not_merged():
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    add_lora(layer, LoraConfig(rank=2))
+    with torch.no_grad():
+        next(p for name, p in layer.named_parameters() if "lora_B" in name)[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        merge_lora(layer)

@@ -11,12 +11,11 @@ import torch
 from nano_runs import differences, keep_checkpoints, killed_runs, metric_rows, run_state, train, write_config
 from tiny_models import enliven, grads, noise, tiny_config, tiny_model
 
-from mmgpt.config import OptimizerConfig, PartRates, RunConfig, SourceConfig
+from mmgpt.config import OptimizerConfig, PartRates, RunConfig
 from mmgpt.data.branching import collate_answers
-from mmgpt.data.letters import LetterReward, draw_letters, letter_prompts, letter_reward, rank_letters
-from mmgpt.data.messages import Sample, user
+from mmgpt.data.letters import rank_letters
+from mmgpt.data.messages import user
 from mmgpt.data.preferences import Preference, RankedItem, rank_item, ranked_pairs
-from mmgpt.data.sources import read_source
 from mmgpt.model.heads import RewardModel
 from mmgpt.rl.losses import reward_loss
 from mmgpt.stages.reward import Reward
@@ -182,23 +181,3 @@ def test_what_cannot_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert train(config, "--run_dir", str(tmp_path / "run")) in (1, 2)
     told = capsys.readouterr().err
     assert message in told and "Traceback" not in told
-
-
-def test_the_task_of_letters():
-    def worth(letter: str, count: int, answer: str) -> float:
-        return letter_reward([user(f"say {letter} {count}")], answer)
-
-    assert worth("c", 3, "ccc") == 1
-    assert worth("c", 3, "cc") == pytest.approx(2 / 3)
-    assert worth("c", 3, "cxc") == pytest.approx(2 / 3)
-    assert worth("c", 3, "cccc") == pytest.approx(2 / 3)
-    assert worth("c", 3, "") == 0 and worth("c", 1, "x" * 9) == -1
-    assert not set(letter_prompts("train")) & set(letter_prompts("val"))
-    for preference in rank_letters("train", 50):
-        values = [letter_reward(preference.prompt, answer) for answer in preference.answers]
-        assert len(set(preference.answers)) == 4 and preference.pairs
-        assert all(values[better] > values[worse] for better, worse in preference.pairs)
-    samples = list(draw_letters("val", 50))
-    assert list(read_source(SourceConfig(path="letters", split="val", limit=50))) == samples
-    assert all(isinstance(sample, Sample) for sample in samples) and list(draw_letters("val", 50)) == samples
-    assert LetterReward()([[user("say a 2")]], ["ab"]).tolist() == [0.5]
