@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mmgpt import machine
 from mmgpt.config import SourceConfig
 from mmgpt.data.messages import user
 from mmgpt.data.preferences import Preference, read_preferences, side_by_side
@@ -46,15 +47,8 @@ def pairs(settings: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{settings.source} holds no preference that can be used")
     result: dict[str, Any] = {"prompts": len(found), "pairs": sum(len(item.pairs) for item in found)}
     for name in settings.models:
-        ranking = rank(RewardModel.from_pretrained(name), found)
-        low, high = ranking.interval()
-        result[name] = {
-            "accuracy": round(ranking.accuracy, 4),
-            "interval": [round(low, 4), round(high, 4)],
-            "by_length_alone": round(ranking.length_accuracy, 4),
-            "calibration_error": round(ranking.calibration_error, 4),
-            "correlation_with_length": round(ranking.length_correlation, 3),
-        }
+        figures = rank(RewardModel.from_pretrained(name).to(machine.pick_device()), found).to_json()
+        result[name] = {key: value for key, value in figures.items() if key != "pairs"}
     return result
 
 
@@ -69,7 +63,7 @@ def ratings(settings: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"{settings.ratings}:{number}: needs image, caption and scores: {error}") from error
     result: dict[str, Any] = {"captions": len(rows), "ratings": sum(len(values) for _, _, values in rows)}
     for name in settings.models:
-        model = RewardModel.from_pretrained(name)
+        model = RewardModel.from_pretrained(name).to(machine.pick_device())
         prompts = [[user(settings.question, [image])] for image, _, _ in rows]
         scores = model.score(prompts, [text for _, text, _ in rows], batch_size=32).tolist()
         judged = [(score, value) for score, (_, _, values) in zip(scores, rows) for value in values]

@@ -73,7 +73,11 @@ def run_config(options: argparse.Namespace, task: str, folder: Path) -> Any:
         ),
         optimizer=OptimizerConfig(lr=PartRates(projector=rate, language=rate)),
         trainer=TrainerConfig(
-            epochs=options.epochs, precision=options.precision, accelerator="cpu", threads=options.threads, progress=False
+            epochs=options.epochs,
+            precision=options.precision,
+            accelerator=options.device,
+            threads=options.threads,
+            progress=False,
         ),
         evaluate=EvaluateConfig(generate=0, final=0),
     )
@@ -206,10 +210,10 @@ def train_ours(options: argparse.Namespace, task: str, folder: Path) -> dict[str
             self.times: list[float] = []
 
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            self.times.append(time.perf_counter())
+            self.times.append(now())
 
         def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            self.times.append(time.perf_counter())
+            self.times.append(now())
 
     class TimedRun(Run):
         """A run that is looked at: nothing of its training is replaced."""
@@ -293,10 +297,10 @@ def train_peer(options: argparse.Namespace, task: str, folder: Path) -> dict[str
             self.times: list[float] = []
 
         def on_train_begin(self, *arguments: Any, **more: Any) -> None:
-            self.times.append(time.perf_counter())
+            self.times.append(now())
 
         def on_epoch_end(self, *arguments: Any, **more: Any) -> None:
-            self.times.append(time.perf_counter())
+            self.times.append(now())
 
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
@@ -308,7 +312,8 @@ def train_peer(options: argparse.Namespace, task: str, folder: Path) -> dict[str
         add_lora(model.model.language_model, run_config(options, task, folder).model.language.lora)
     with torch.no_grad():
         first_loss = float(model(**collate(samples[: options.batch_size])).loss)
-    bf16 = machine.pick_precision(options.precision, torch.device("cpu")) == "bf16-mixed"
+    device = torch.device("cuda" if options.device == "gpu" else "cpu")
+    bf16 = machine.pick_precision(options.precision, device) == "bf16-mixed"
     if bf16:
         # As on our side: autocast would convert frozen weights again in every forward.
         model.model.vision_tower.to(torch.bfloat16)
@@ -335,7 +340,7 @@ def train_peer(options: argparse.Namespace, task: str, folder: Path) -> dict[str
             lr_scheduler_kwargs={"min_lr_rate": optimizer.final_lr},
             warmup_steps=max(1, round(optimizer.warmup * steps)),
             bf16=bf16,
-            use_cpu=True,
+            use_cpu=options.device == "cpu",
             dataloader_num_workers=0,
             dataloader_pin_memory=False,
             remove_unused_columns=False,
@@ -349,17 +354,28 @@ def train_peer(options: argparse.Namespace, task: str, folder: Path) -> dict[str
         callbacks=[clock],
     ).train()
     result = measured(clock.times, first_loss, bf16=bf16)
-    result["peak_memory_mb"] -= pixels.nbytes / 2**20
+    if options.device == "cpu":
+        result["peak_memory_mb"] -= pixels.nbytes / 2**20
     return result
+
+
+def now() -> float:
+    """The clock, when a GPU has done what it was given."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def measured(times: list[float], first_loss: float, *, bf16: bool) -> dict[str, Any]:
     import torch
 
+    on_gpu = torch.cuda.is_initialized()
     return {
         "epochs": [end - start for start, end in itertools.pairwise(times)],
         "first_loss": first_loss,
-        "peak_memory_mb": peak_memory_mb(),
+        "peak_memory_mb": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory_mb(),
         "precision": "bf16" if bf16 else "fp32",
         "threads": torch.get_num_threads(),
     }
@@ -439,6 +455,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--row_length", type=int, help="tokens of a packed row")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters of the task lora")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of both sides")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="of both sides; peak memory is then the GPU's")
     parser.add_argument("--threads", type=int, help="of both sides; default: the physical cores")
     parser.add_argument("--side", choices=(*SIDES, "prepare"), help=argparse.SUPPRESS)
     parser.add_argument("--task", help=argparse.SUPPRESS)

@@ -159,6 +159,7 @@ class DataConfig:
         train: Sources to train on.
         validation: Sources to validate on; empty sets `holdout` of the training samples aside.
         holdout: Share of the training samples for validation where no validation source is named.
+        fold: Which part is held out: 0, 1, ... are disjoint, and with a `holdout` of 1 / k there are k (cross-validation).
         batching: `packed` fills rows of `row_length` tokens with whole samples, attention blocked between them;
             `grouped` puts samples of like length into one padded batch.
         max_length: Longest sample in tokens, images included; a longer one is a bad sample (never cut inside an image).
@@ -175,6 +176,7 @@ class DataConfig:
     train: list[SourceConfig] = field(default_factory=list)
     validation: list[SourceConfig] = field(default_factory=list)
     holdout: float = 0.05
+    fold: int = 0
     batching: Literal["packed", "grouped"] = "packed"
     max_length: int = 1024
     batch_size: int = 16
@@ -462,7 +464,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "model.vision.image_size": _FROM_ONE,
     "model.projector.noise": _FROM_ZERO,
     **dict.fromkeys((f"data.{key}" for key in ("max_length", "batch_size", "row_length")), _FROM_ONE),
-    **dict.fromkeys(("data.feature_cache_gb", "data.workers"), _FROM_ZERO),
+    **dict.fromkeys(("data.feature_cache_gb", "data.workers", "data.fold"), _FROM_ZERO),
     "data.holdout": _BELOW_ONE,
     "data.max_bad": _SHARE,
     **dict.fromkeys((f"optimizer.lr.{key}" for key in ("projector", "language", "vision")), _FROM_ZERO),

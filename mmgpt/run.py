@@ -243,7 +243,7 @@ class Run:
             validation, held = load_items(data.validation, model.encode, max_length=longest, report=report, seed=seed)
             report.check(total + held, data.max_bad)
         else:
-            train, validation = split_holdout(train, data.holdout, seed)
+            train, validation = split_holdout(train, data.holdout, seed, data.fold)
         return train, validation
 
     def _stage(self, model: MultimodalGPT) -> Instruct:

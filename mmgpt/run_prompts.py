@@ -41,7 +41,7 @@ class PromptRun(Run):
         if not train:
             raise UserError(f"no usable {self.noun} in {', '.join(source.path for source in data.train)}")
         if not data.validation:
-            return split_by_prompt(train, data.holdout, self.config.trainer.seed, self._key)
+            return split_by_prompt(train, data.holdout, self.config.trainer.seed, self._key, data.fold)
         held = self._read(data.validation, model, report)
         validation = self._unseen(held, train)
         if overlap := len(held) - len(validation):

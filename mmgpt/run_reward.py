@@ -38,8 +38,8 @@ MARGIN: Plots = {"margin.png": ("implied margin of a pair", {"training": "train/
 class RankedRun(PromptRun):
     """A run on prompts with ranked answers, in `config.run_dir`, which ends up holding
 
-    config.yaml, metrics.csv, loss.png, accuracy.png, calibration.png and report.md, bad_samples.jsonl where there were any,
-    checkpoints/last.ckpt, and the exported model in model/.
+    config.yaml, metrics.csv, loss.png, accuracy.png, calibration.png, report.md and ranking.json, bad_samples.jsonl where there
+    were any, checkpoints/last.ckpt, and the exported model in model/.
     """
 
     noun = "preference"
@@ -142,10 +142,10 @@ class RewardRun(RankedRun):
     def _finish(self, model: MultimodalGPT, stage: Instruct, validation: list[Any], seconds: float) -> None:
         """Shift the scores, export, load the export again as a user would, measure that."""
         assert isinstance(stage, Reward)
-        stage.model.to("cpu")
-        self._shift(stage.model)
+        device = self._device()
+        self._shift(stage.model.to(device))
         self._export(model, stage, seconds)
-        loaded = RewardModel.from_pretrained(self.folder)
+        loaded = RewardModel.from_pretrained(self.folder).to(device)
         self._report(loaded.model, loaded, stage, validation, seconds)
 
     def _shift(self, reward: RewardModel) -> None:
@@ -189,6 +189,6 @@ class PreferenceRun(RankedRun):
 
     def _finish(self, model: MultimodalGPT, stage: Instruct, validation: list[Any], seconds: float) -> None:
         assert isinstance(stage, DirectPreference)
-        model.to("cpu").eval()
+        model.to(self._device()).eval()
         self._report(model, stage.implied, stage, validation, seconds)
         self._export(model, stage, seconds)

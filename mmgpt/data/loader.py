@@ -15,6 +15,7 @@ from mmgpt.data.messages import LazyImage, Message, MessageError, Rejected, Samp
 from mmgpt.data.packing import Batch, collate, plan_epoch
 from mmgpt.data.rejections import RejectionReport
 from mmgpt.data.sources import read_source
+from mmgpt.data.split import hold_out
 from mmgpt.data.template import Encoded
 from mmgpt.errors import UserError
 
@@ -63,16 +64,13 @@ def make_item(sample: Sample, encode: Encode, max_length: int) -> Item | Rejecte
     return Item(sample, encoded)
 
 
-def split_holdout(items: list[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+def split_holdout(items: list[Item], share: float, seed: int, fold: int = 0) -> tuple[list[Item], list[Item]]:
     """Set a share of the samples aside for validation; samples with the same image or conversation start stay together."""
     groups: dict[Any, list[Item]] = {}
     for item in items:
         groups.setdefault(_origin(item.sample), []).append(item)
-    names = sorted(groups)
-    random.Random(seed).shuffle(names)
-    count = min(len(names) - 1, max(1, round(share * len(names)))) if share > 0 and len(names) > 1 else 0
-    held = [item for name in names[:count] for item in groups[name]]
-    return [item for name in names[count:] for item in groups[name]], held
+    train, held = ([item for name in side for item in groups[name]] for side in hold_out(groups, share, seed, fold))
+    return train, held
 
 
 def build_batch(

@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from mmgpt.data.messages import Message, MessageError, Rejected, assistant, imag
 from mmgpt.data.readers import Row
 from mmgpt.data.rejections import RejectionReport
 from mmgpt.data.sources import check_counts, conversation, image_reference, read_rows
+from mmgpt.data.split import hold_out
 from mmgpt.data.template import Encoded
 
 T = TypeVar("T")
@@ -374,7 +374,9 @@ def _join(group: Sequence[Preference]) -> Preference:
     )
 
 
-def split_by_prompt(items: Sequence[T], share: float, seed: int, key: Callable[[T], str]) -> tuple[list[T], list[T]]:
+def split_by_prompt(
+    items: Sequence[T], share: float, seed: int, key: Callable[[T], str], fold: int = 0
+) -> tuple[list[T], list[T]]:
     """Set a share of the prompts aside: no prompt, and no answer to it, is on both sides.
 
     Args:
@@ -382,10 +384,9 @@ def split_by_prompt(items: Sequence[T], share: float, seed: int, key: Callable[[
         share: Of the prompts; at least one, where there are two.
         seed: Draws them.
         key: The prompt of an item (`prompt_key`).
+        fold: Which part (`hold_out`).
     """
-    keys = sorted({key(item) for item in items})
-    random.Random(seed).shuffle(keys)
-    held = set(keys[: min(len(keys) - 1, max(1, round(share * len(keys))))] if share > 0 and len(keys) > 1 else [])
+    held = set(hold_out(map(key, items), share, seed, fold)[1])
     sides: tuple[list[T], list[T]] = ([], [])
     for item in items:
         sides[key(item) in held].append(item)

@@ -5,6 +5,7 @@ Letters in shapes: N answers, P pairs.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,19 @@ class Ranking:
         spread = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
         return float((centred[0] * centred[1]).sum() / spread) if spread > 0 else 0.0
 
+    def to_json(self) -> dict[str, Any]:
+        """The figures, and of each pair its prompt, margin and the tokens of both answers, so that rankings can be pooled."""
+        low, high = self.interval()
+        pairs = zip(self.prompts[self.better], self.margins, self.lengths[self.better], self.lengths[self.worse])
+        return {
+            "accuracy": round(self.accuracy, 4),
+            "interval": [round(low, 4), round(high, 4)],
+            "by_length_alone": round(self.length_accuracy, 4),
+            "calibration_error": round(self.calibration_error, 4),
+            "correlation_with_length": round(self.length_correlation, 3),
+            "pairs": [[int(prompt), round(float(margin), 4), int(a), int(b)] for prompt, margin, a, b in pairs],
+        }
+
     def __str__(self) -> str:
         low, high = self.interval()
         return (
@@ -162,7 +176,7 @@ def rank_batches(
 def write_ranking(
     folder: Path, found: dict[str, Ranking], seconds: float, plots: Sequence[str] = ("loss.png", "accuracy.png")
 ) -> None:
-    """Write report.md and calibration.png.
+    """Write report.md, ranking.json and calibration.png.
 
     Args:
         folder: The run's.
@@ -182,6 +196,8 @@ def write_ranking(
     lines += ["", " ".join(f"![{Path(name).stem}]({name})" for name in (*plots, "calibration.png")), ""]
     with replacing(folder / "report.md") as fresh:
         fresh.write_text("\n".join(lines), encoding="utf-8")
+    with replacing(folder / "ranking.json") as fresh:
+        fresh.write_text(json.dumps({name: ranking.to_json() for name, ranking in found.items()}) + "\n", encoding="utf-8")
     _plot_calibration(folder / "calibration.png", found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,9 @@ def test_length_correlation_is_within_prompts():
 def test_the_report(tmp_path: Path):
     write_ranking(tmp_path, {"here": ranking([1.0, 2.0, -1.0, 0.2])}, seconds=3.0)
     assert "| here | 4 | 75.0% |" in (tmp_path / "report.md").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.png", "report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.png", "ranking.json", "report.md"]
+    kept = json.loads((tmp_path / "ranking.json").read_text())["here"]
+    assert kept["accuracy"] == 0.75 and [margin for _, margin, _, _ in kept["pairs"]] == [1.0, 2.0, -1.0, 0.2]
 
 
 def test_tau_c_is_what_counting_pairs_gives():

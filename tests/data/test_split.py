@@ -1,0 +1,27 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmgpt.data.split import hold_out
+from mmgpt.errors import UsageError
+
+
+@given(st.integers(2, 12), st.integers(0, 60), st.integers(0, 5))
+def test_k_folds_hold_everything_out_once(folds: int, more: int, seed: int):
+    keys = [f"prompt {number}" for number in range(folds + more)]
+    held = []
+    for fold in range(folds):
+        train, out = hold_out(keys, 1 / folds, seed, fold)
+        assert train and out and sorted(train + out) == sorted(keys)
+        held += out
+    assert sorted(held) == sorted(keys)
+    with pytest.raises(UsageError, match=f"data.fold is {folds}: with data.holdout .* there are {folds}, counted from 0"):
+        hold_out(keys, 1 / folds, seed, folds)
+
+
+@given(st.lists(st.integers(), max_size=30), st.floats(0, 0.99), st.integers(0, 5))
+def test_a_share_is_held_out_and_something_is_left(keys: list[int], share: float, seed: int):
+    train, out = hold_out(keys, share, seed)
+    assert sorted(train + out) == sorted(set(keys))
+    several = len(set(keys)) > 1 and share > 0
+    assert len(out) == (min(len(set(keys)) - 1, max(1, round(share * len(set(keys))))) if several else 0)
