@@ -106,16 +106,13 @@ def pairs(folder: Path | None = None) -> list[Row]:
 
 
 def requests(path: Path | None = None, *, per_act: int = 3, seed: int = 0) -> list[Row]:
-    """Requests composed of acts and framings of this project: `data/requests.yaml` says how.
+    """Requests composed of acts and framings of this project: `data/requests/general.yaml` says how.
 
     Sensitive and harmless acts go through the same framings, so that a framing says nothing about the label. All requests
     for one act are one group. Whole prompts have the source `everyday`; harmless acts share words with sensitive ones and
     are look-alikes rather than everyday.
     """
-    import yaml
-
-    path = path or HERE / "data" / "requests.yaml"
-    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    table = _tables(path or HERE / "data" / "requests")
     rng = random.Random(seed)
     rows = []
 
@@ -138,6 +135,26 @@ def requests(path: Path | None = None, *, per_act: int = 3, seed: int = 0) -> li
         for _ in range(per_act if "{" in prompt else 1):
             rows.append(Row(fill(prompt, table["words"], rng), 0, (), "everyday", prompt))
     return rows
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    """A YAML file of requests, or all of a folder as one: what stands under the same keys is put together."""
+    import yaml
+
+    def merge(into: dict[str, Any], more: dict[str, Any]) -> None:
+        for key, value in more.items():
+            if isinstance(value, dict):
+                merge(into.setdefault(key, {}), value)
+            else:
+                into.setdefault(key, []).extend(value)
+
+    table: dict[str, Any] = {key: {} for key in ("framings", "sensitive", "harmless", "attacks", "words")} | {"everyday": []}
+    for file in sorted(path.glob("*.yaml")) if path.is_dir() else [path]:
+        try:
+            merge(table, yaml.safe_load(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+            raise UserError(f"{file} cannot be read as requests: {' '.join(str(error).split())}") from error
+    return table
 
 
 def fill(template: str, words: dict[str, list[str]], rng: random.Random) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mmgpt.config import RunConfig
 from mmgpt.data.features import ImageSource, Prepared
@@ -69,7 +70,11 @@ class Instruct(L.LightningModule):
         # Lightning's mixed precision refuses to clip for a fused optimizer, because behind a loss scaler that one would unscale
         # the gradients itself, after the clipping. In bf16 there is no scaler, and nothing to refuse.
         plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and not self._loss_is_scaled:
+        if isinstance(sharded := self.trainer.model, FullyShardedDataParallel):
+            # A rank holds a part of every gradient: the norm is that of all parts, which FSDP adds up over the ranks.
+            if gradient_clip_val:
+                sharded.clip_grad_norm_(gradient_clip_val)
+        elif isinstance(plugin, MixedPrecision) and not self._loss_is_scaled:
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)

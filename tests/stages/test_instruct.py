@@ -1,12 +1,17 @@
 """The supervised stage under a real Trainer: it learns, and a step does not depend on how its batch was cut."""
 
 import logging
+import subprocess
+import sys
 import warnings
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import FSDPPrecision
 from tiny_models import grads, noise, talk, tiny_model
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mmgpt.config import DataConfig, OptimizerConfig, PartRates, RunConfig, TrainerConfig
 from mmgpt.data.features import FeatureCache, ImageSource, fingerprint
@@ -14,6 +19,7 @@ from mmgpt.data.loader import BatchLoader, Item
 from mmgpt.data.messages import Sample, normalize
 from mmgpt.data.rejections import RejectionReport
 from mmgpt.errors import UsageError
+from mmgpt.loop.metrics import read_metrics
 from mmgpt.stages.instruct import Instruct, stage_rates
 
 ANSWERS = ["a pear", "a plum on a blue plate", "an apple", "two", "a red cherry", "a lemon, cut in halves", "no", "a fig"]
@@ -191,3 +197,35 @@ def test_a_model_of_text_alone_learns_and_cannot_be_aligned():
 def test_a_checkpoint_holds_what_learns_alone():
     stage = Instruct(tiny_model("llama"), run_config(stage="align"), None, total_steps=1)
     assert {key.split(".")[1] for key in stage.state_dict()} == {"projector"}
+
+
+def test_sharded_gradients_are_clipped_by_fsdp():
+    """Lightning refuses to clip by norm under FSDP, whose own clipping knows the norm of all shards."""
+
+    class Sharded(FullyShardedDataParallel):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.clipped: list[float] = []
+
+        def clip_grad_norm_(self, max_norm, norm_type=2.0):
+            self.clipped.append(max_norm)
+
+    stage = Instruct(tiny_model(), run_config(), None, total_steps=1)
+    sharded = Sharded()
+    stage._trainer = SimpleNamespace(model=sharded, precision_plugin=FSDPPrecision("bf16-mixed"))
+    stage.configure_gradient_clipping(None, 0.5, "norm")
+    stage.configure_gradient_clipping(None, None)
+    assert sharded.clipped == [0.5]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP needs a GPU")
+def test_fsdp_on_one_rank_learns_what_one_device_does(tmp_path):
+    command = [sys.executable, "-m", "mmgpt.train", "--config", "nano/shapes", "--trainer.progress", "false"]
+    command += ["--trainer.max_steps", "20", "--trainer.devices", "1", "--trainer.precision", "fp32", "--evaluate.final", "0"]
+    last = {}
+    for strategy in ("auto", "fsdp"):
+        folder = tmp_path / strategy
+        subprocess.run([*command, "--trainer.strategy", strategy, "--run_dir", str(folder)], check=True)
+        assert (folder / "model" / "model.safetensors").is_file()
+        last[strategy] = read_metrics(folder / "metrics.csv")["train/loss"][-1]
+    assert last["fsdp"] == pytest.approx(last["auto"], rel=1e-2)
