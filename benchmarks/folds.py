@@ -18,44 +18,36 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mmgpt.errors import UserError, run_cli
-from mmgpt.evaluate.ranking import Ranking
+from mmgpt.errors import UsageError, UserError, run_cli
+from mmgpt.evaluate.ranking import pool
 
 OWN = "prompts of the same source"
 
 
 def train(settings: argparse.Namespace, more: list[str], fold: int) -> Path:
-    """One fold's run, unless it is there."""
+    """One fold's run, unless it is there.
+
+    Raises:
+        UsageError: the folder holds the fold of another source, division or configuration.
+    """
     folder = Path(settings.folder) / str(fold)
-    if not (folder / "ranking.json").is_file():
-        arguments = ["--config", settings.config, "--run_dir", str(folder), "--overwrite", "true", "--trainer.progress", "false"]
-        arguments += ["--data.train", json.dumps([{"path": settings.source}])]
-        arguments += ["--data.holdout", str(1 / settings.folds), "--data.fold", str(fold)]
-        if settings.second:
-            arguments += ["--evaluate.source", json.dumps({"path": settings.second})]
-        done = subprocess.run([sys.executable, "-m", "mmgpt.train", *arguments, *more], capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"fold {fold} failed:\n{done.stderr[-2000:]}")
+    arguments = ["--config", settings.config, "--run_dir", str(folder), "--overwrite", "true", "--trainer.progress", "false"]
+    arguments += ["--data.train", json.dumps([{"path": settings.source}]), "--data.validation", "[]"]
+    arguments += ["--data.holdout", str(1 / settings.folds), "--data.fold", str(fold)]
+    if settings.second:
+        arguments += ["--evaluate.source", json.dumps({"path": settings.second})]
+    arguments += more
+    asked = folder / "asked.json"
+    if (folder / "ranking.json").is_file():
+        if not asked.is_file() or json.loads(asked.read_text(encoding="utf-8")) != arguments:
+            raise UsageError(f"{folder} holds a run that was asked for otherwise: name another --folder, or remove it")
+        return folder
+    done = subprocess.run([sys.executable, "-m", "mmgpt.train", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"fold {fold} failed:\n{done.stderr[-2000:]}")
+    asked.write_text(json.dumps(arguments), encoding="utf-8")
     print(f"fold {fold} done", file=sys.stderr, flush=True)
     return folder
-
-
-def pooled(rankings: list[dict[str, Any]]) -> Ranking:
-    """The pairs of several rankings as one; no two share a prompt."""
-    pairs = [(fold, *pair) for fold, ranking in enumerate(rankings) for pair in ranking["pairs"]]
-    names = {place: number for number, place in enumerate(sorted({(fold, prompt) for fold, prompt, *_ in pairs}))}
-    count = len(pairs)
-    scores = np.zeros(2 * count)
-    scores[:count] = [margin for _, _, margin, _, _ in pairs]
-    return Ranking(
-        scores=scores,
-        lengths=np.array([a for *_, a, _ in pairs] + [b for *_, b in pairs]),
-        prompts=np.array([names[fold, prompt] for fold, prompt, *_ in pairs] * 2),
-        better=np.arange(count),
-        worse=np.arange(count) + count,
-    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,10 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--at_once", type=int, default=1)
     parser.add_argument("--second", help="a source that every fold's model ranks, too")
     settings, more = parser.parse_known_args(arguments)
-    with ThreadPoolExecutor(settings.at_once) as pool:
-        folders = list(pool.map(lambda fold: train(settings, more, fold), range(settings.folds)))
+    if settings.folds < 2 or settings.at_once < 1:
+        raise UsageError("--folds must be at least 2, --at_once at least 1")
+    with ThreadPoolExecutor(settings.at_once) as workers:
+        folders = list(workers.map(lambda fold: train(settings, more, fold), range(settings.folds)))
     found = [json.loads((folder / "ranking.json").read_text(encoding="utf-8")) for folder in folders]
-    every = pooled([ranking[OWN] for ranking in found])
+    every = pool([ranking[OWN] for ranking in found])
     low, high = every.interval()
     result: dict[str, Any] = {
         "pairs": len(every.better),

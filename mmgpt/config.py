@@ -515,6 +515,10 @@ def check_values(config: RunConfig) -> None:
             if number is None or (low <= number <= high and math.isfinite(number)):
                 continue
             raise UsageError(f"{key} is {number}, but must be {_range(low, high)}")
+    data = config.data
+    if data.fold and (data.validation or data.stream or data.holdout == 0):
+        other = "data.validation" if data.validation else "data.stream" if data.stream else "data.holdout 0"
+        raise UsageError(f"data.fold {data.fold} says which part of data.train is held out, and with {other} none is")
 
 
 def _range(low: float, high: float) -> str:

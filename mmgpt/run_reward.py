@@ -118,6 +118,10 @@ class RankedRun(PromptRun):
             say(f"{name}: {ranking}")
         say(f"report: {self.folder / 'report.md'}")
 
+    def _reporting(self) -> torch.device:
+        """Where held-out answers are ranked: a model that was trained in shards may be too large for one GPU."""
+        return torch.device("cpu") if self.config.trainer.strategy == "fsdp" else self._device()
+
     def _rank(self, model: MultimodalGPT, score: Score, stage: Instruct, items: list[RankedItem]) -> Ranking:
         loader = PreferenceLoader(
             items,
@@ -142,10 +146,9 @@ class RewardRun(RankedRun):
     def _finish(self, model: MultimodalGPT, stage: Instruct, validation: list[Any], seconds: float) -> None:
         """Shift the scores, export, load the export again as a user would, measure that."""
         assert isinstance(stage, Reward)
-        device = self._device()
-        self._shift(stage.model.to(device))
+        self._shift(stage.model.to(self._reporting()))
         self._export(model, stage, seconds)
-        loaded = RewardModel.from_pretrained(self.folder).to(device)
+        loaded = RewardModel.from_pretrained(self.folder).to(self._reporting())
         self._report(loaded.model, loaded, stage, validation, seconds)
 
     def _shift(self, reward: RewardModel) -> None:
@@ -189,6 +192,6 @@ class PreferenceRun(RankedRun):
 
     def _finish(self, model: MultimodalGPT, stage: Instruct, validation: list[Any], seconds: float) -> None:
         assert isinstance(stage, DirectPreference)
-        model.to(self._device()).eval()
-        self._report(model, stage.implied, stage, validation, seconds)
         self._export(model, stage, seconds)
+        model.to(self._reporting()).eval()
+        self._report(model, stage.implied, stage, validation, seconds)

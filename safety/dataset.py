@@ -42,6 +42,7 @@ class Data:
     requests: str | None = None
     pair_weight: float = 2.0
     per_act: int = 3
+    windows: int = 1
     augment: float = 0.25
     holdout: float = 0.12
     tests: list[str] = field(default_factory=lambda: list(sources.TESTS))
@@ -76,7 +77,7 @@ def build(data: Data, seed: int) -> Split:
     dev = [row for row in unique if sources.held_out(row, data.holdout, seed)]
     train = [row for row in unique if not sources.held_out(row, data.holdout, seed)]
     train += canonical(sources.augment(train, int(data.augment * len(train)), seed))
-    train = as_read(train, random.Random(seed))
+    train = as_read(train, random.Random(seed), data.windows)
     for name, part in (("train", train), ("dev", dev)):
         counts[name] = {"sensitive": sum(row.label for row in part), "harmless": sum(1 - row.label for row in part)}
         counts[f"{name} sources"] = dict(Counter(row.source.split("+")[0] for row in part).most_common())
@@ -89,7 +90,7 @@ def as_read(rows: list[Row], rng: random.Random, most: int = 1) -> list[Row]:
     """Rows with what the filter reads of a long text: it reads windows, and blocks a text for its worst.
 
     Every window of a harmless text is harmless: of a longer one, its first block and at most `most` others at random. A
-    sentence of a sensitive text may be harmless by itself: of it the blocks alone.
+    sentence of a sensitive text may be harmless by itself: of it the first block, and one more at random.
     """
     from safety.windows import BLOCK, SEGMENT, windows
 

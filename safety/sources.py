@@ -138,28 +138,61 @@ def requests(path: Path | None = None, *, per_act: int = 3, seed: int = 0) -> li
 
 
 def _tables(path: Path) -> dict[str, Any]:
-    """A YAML file of requests, or all of a folder as one: what stands under the same keys is put together."""
+    """A YAML file of requests, or all of a folder as one: what stands under the same keys is put together.
+
+    Raises:
+        UserError: a file cannot be read, or something in it is not where the form has a place for it.
+    """
     import yaml
 
-    def merge(into: dict[str, Any], more: dict[str, Any]) -> None:
-        for key, value in more.items():
-            if isinstance(value, dict):
-                merge(into.setdefault(key, {}), value)
-            else:
-                into.setdefault(key, []).extend(value)
-
     table: dict[str, Any] = {key: {} for key in ("framings", "sensitive", "harmless", "attacks", "words")} | {"everyday": []}
-    for file in sorted(path.glob("*.yaml")) if path.is_dir() else [path]:
+    files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path} holds no .yaml file of requests")
+    for file in files:
         try:
-            merge(table, yaml.safe_load(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file} cannot be read as requests: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{file} is no table of requests; its keys are {', '.join(table)}")
+        for key, value in content.items():
+            if key not in table:
+                raise UserError(f"{file}: there is no {key!r} among requests; there are {', '.join(table)}")
+            # sensitive: form -> category -> acts; everyday: prompts; the others: name -> what it stands for.
+            _put(table, key, value, depth={"sensitive": 2, "everyday": 0}.get(key, 1), where=f"{file}: {key}")
+    forms = table["framings"]
+    for place, known, what in (
+        *((name, forms, "form") for name in (*table["sensitive"], *table["harmless"])),
+        *((name, KEYS, "category") for name in (*table["attacks"], *(key for by in table["sensitive"].values() for key in by))),
+    ):
+        if place not in known:
+            raise UserError(f"{path}: {place!r} is no {what} of requests; there are {', '.join(known)}")
     return table
+
+
+def _put(into: dict[str, Any], key: str, value: Any, *, depth: int, where: str) -> None:
+    """Put a list, or tables of lists `depth` levels deep, to what is there under a key."""
+    if depth:
+        if not isinstance(value, dict):
+            raise UserError(f"{where} must be a table, not {value!r:.60}")
+        for name, inner in value.items():
+            _put(into.setdefault(key, {}), name, inner, depth=depth - 1, where=f"{where}.{name}")
+    elif not isinstance(value, list) or not all(isinstance(item, str | int) for item in value):
+        raise UserError(f"{where} must be a list of texts, not {value!r:.60}")
+    else:
+        into.setdefault(key, []).extend(value)
 
 
 def fill(template: str, words: dict[str, list[str]], rng: random.Random) -> str:
     """Put a random word of its list into every `{name}` of a template."""
-    return re.sub(r"\{(\w+)\}", lambda gap: str(rng.choice(words[gap[1]])), template)
+
+    def word(gap: re.Match[str]) -> str:
+        if gap[1] not in words:
+            raise UserError(f"no words for the gap {gap[0]} of {template!r:.80}; there are {', '.join(words)}")
+        return str(rng.choice(words[gap[1]]))
+
+    return re.sub(r"\{(\w+)\}", word, template)
 
 
 # Named collections

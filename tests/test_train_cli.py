@@ -53,6 +53,7 @@ def write_lines(path: Path, good: int, bad: int) -> Path:
         (["--trainer.max_steps", "-1"], "trainer.max_steps is -1, but must be at least 1"),
         (["--data.batch_size", "0"], "data.batch_size is 0, but must be at least 1"),
         (["--data.holdout", "1"], "data.holdout is 1.0, but must be at least 0 and below 1"),
+        (["--data.fold", "1", "--data.holdout", "0", "--data.validation", "[]"], "data.fold 1 says which part of data.train"),
         (["--data.max_bad", "7"], "data.max_bad is 7.0, but must be from 0 to 1"),
         (["--optimizer.lr.projector", "-1"], "optimizer.lr.projector is -1.0, but must be at least 0"),
         (["--optimizer.lr.projector", ".inf"], "optimizer.lr.projector is inf, but must be at least 0"),

@@ -18,7 +18,7 @@ def hold_out(keys: Iterable[K], share: float, seed: int, fold: int = 0) -> tuple
         keys: Of the groups; each counts once.
         share: Of the keys that are held out: at least one where there are two, and never all.
         seed: Draws them.
-        fold: Which part. With a share of 1 / k there are k.
+        fold: Which part. With a share of 1 / k there are k, where there are as many keys.
 
     Returns:
         The keys to learn from and those held out, both in the order drawn.
@@ -30,10 +30,11 @@ def hold_out(keys: Iterable[K], share: float, seed: int, fold: int = 0) -> tuple
     random.Random(seed).shuffle(names)
     if share <= 0 or len(names) < 2:
         return names, []
-    folds = max(1, min(round(1 / share), len(names)))
+    size = max(1.0, share * len(names))
+    folds = max(1, min(round(1 / share), int(len(names) / size + 1e-9)))
     if fold >= folds:
         raise UsageError(f"data.fold is {fold}: with data.holdout {share:g} of {len(names)} there are {folds}, counted from 0")
-    start, end = (min(round(part * share * len(names)), len(names)) for part in (fold, fold + 1))
+    start, end = round(fold * size), min(round((fold + 1) * size), len(names))
     if fold == 0:
-        end = min(max(end, 1), len(names) - 1)
+        end = min(end, len(names) - 1)
     return names[:start] + names[end:], names[start:end]

@@ -119,6 +119,24 @@ class Ranking:
         )
 
 
+def pool(found: Sequence[dict[str, Any]]) -> Ranking:
+    """The pairs of several rankings, in the form of `Ranking.to_json`, as those of one; no two share a prompt.
+
+    Its scores are margins: each pair's preferred answer has the margin, the other 0.
+    """
+    pairs = [(place, *pair) for place, ranking in enumerate(found) for pair in ranking["pairs"]]
+    names = {name: number for number, name in enumerate(dict.fromkeys((place, prompt) for place, prompt, *_ in pairs))}
+    owners = [names[place, prompt] for place, prompt, *_ in pairs]
+    count = len(pairs)
+    return Ranking(
+        scores=np.array([margin for _, _, margin, _, _ in pairs] + [0.0] * count),
+        lengths=np.array([first for *_, first, _ in pairs] + [second for *_, second in pairs]),
+        prompts=np.array(owners * 2),
+        better=np.arange(count),
+        worse=np.arange(count) + count,
+    )
+
+
 def _means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """[N] mean of each element's group."""
     _, numbers = np.unique(groups, return_inverse=True)

@@ -410,7 +410,7 @@ class MultimodalGPT(nn.Module):
         tokenizer = Tokenizer.load(folder)
         vision = projector = None
         if config.vision is not None:
-            vision = load_vision(config.vision, info=description["vision_info"] if "vision" in altered else None).to(dtype)
+            vision = load_vision(config.vision, info=description["vision_info"] if "vision" in altered else None, dtype=dtype)
         if "language" in altered:
             with init_empty_weights(include_buffers=False):
                 language = make_language(description["language_info"], tokenizer, initialize=False)

@@ -73,13 +73,16 @@ class VisionEncoder(nn.Module):
         return hidden[:, trunk.num_prefix_tokens :]
 
 
-def load_vision(config: VisionConfig, *, info: dict[str, Any] | None = None) -> VisionEncoder:
+def load_vision(
+    config: VisionConfig, *, info: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
+) -> VisionEncoder:
     """Build the encoder that `config.name` stands for, with its weights.
 
     Args:
         config: `name` is a named part or directory (config.json + model.safetensors in timm's naming), `timm:NAME` or
             `open_clip:NAME/WEIGHTS` (both with their own pretrained weights from the hub).
         info: What `VisionEncoder.info` held when a model was saved: builds the architecture alone, without looking for `name`.
+        dtype: Of the weights; those of a directory never stand in memory in another.
 
     Raises:
         UserError: the part cannot be found, or is not a vision transformer.
@@ -91,7 +94,7 @@ def load_vision(config: VisionConfig, *, info: dict[str, Any] | None = None) -> 
     elif config.name.startswith("open_clip:"):
         trunk, info = _from_open_clip(config)
     else:
-        trunk, info = _from_directory(config)
+        trunk, info = _from_directory(config, dtype)
     if not hasattr(trunk, "blocks") or not hasattr(trunk, "_pos_embed"):
         raise UserError(f"{config.name} is not a vision transformer; choose one whose timm class is VisionTransformer")
     from mmgpt.data.images import Preprocess
@@ -103,7 +106,7 @@ def load_vision(config: VisionConfig, *, info: dict[str, Any] | None = None) -> 
         std=tuple(info["std"]),
         interpolation=info["interpolation"],
     )
-    return VisionEncoder(trunk, layer=config.layer, preprocess=preprocess, name=config.name, info=info)
+    return VisionEncoder(trunk, layer=config.layer, preprocess=preprocess, name=config.name, info=info).to(dtype)
 
 
 def _create(config: VisionConfig, info: dict[str, Any], *, pretrained: bool = False) -> Any:
@@ -143,10 +146,9 @@ def _from_timm(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
     return trunk, {**info, "mean": cfg["mean"], "std": cfg["std"], "interpolation": cfg["interpolation"]}
 
 
-def _from_directory(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
+def _from_directory(config: VisionConfig, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     from accelerate import init_empty_weights
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     from mmgpt import artifacts
 
@@ -154,7 +156,9 @@ def _from_directory(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
     try:
         info = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         stored = {key: info[key] for key in ("architecture", "image_size", "mean", "std", "interpolation")}
-        state = load_file(folder / "model.safetensors")
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            # The positions may have to be interpolated first.
+            state = {key: file.get_tensor(key).to(torch.float32 if key == "pos_embed" else dtype) for key in file.keys()}  # noqa: SIM118
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is not an image encoder (config.json with a timm architecture): {error}") from error
     info = {**stored, "image_size": config.image_size or stored["image_size"]}
@@ -165,10 +169,9 @@ def _from_directory(config: VisionConfig) -> tuple[Any, dict[str, Any]]:
         from timm.layers import resample_abs_pos_embed
 
         state["pos_embed"] = resample_abs_pos_embed(
-            state["pos_embed"].float(), list(trunk.patch_embed.grid_size), num_prefix_tokens=trunk.num_prefix_tokens
+            state["pos_embed"], list(trunk.patch_embed.grid_size), num_prefix_tokens=trunk.num_prefix_tokens
         )
     try:
-        state = {key: value.float() for key, value in state.items()}
         missing, unexpected = trunk.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
         raise UserError(f"{folder} does not fit {info['architecture']}: {error}") from error

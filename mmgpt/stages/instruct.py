@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mmgpt.config import RunConfig
 from mmgpt.data.features import ImageSource, Prepared
@@ -70,8 +69,9 @@ class Instruct(L.LightningModule):
         # Lightning's mixed precision refuses to clip for a fused optimizer, because behind a loss scaler that one would unscale
         # the gradients itself, after the clipping. In bf16 there is no scaler, and nothing to refuse.
         plugin = self.trainer.precision_plugin
-        if isinstance(sharded := self.trainer.model, FullyShardedDataParallel):
+        if self.config.trainer.strategy == "fsdp":
             # A rank holds a part of every gradient: the norm is that of all parts, which FSDP adds up over the ranks.
+            sharded: Any = self.trainer.model
             if gradient_clip_val:
                 sharded.clip_grad_norm_(gradient_clip_val)
         elif isinstance(plugin, MixedPrecision) and not self._loss_is_scaled:

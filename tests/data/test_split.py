@@ -25,3 +25,17 @@ def test_a_share_is_held_out_and_something_is_left(keys: list[int], share: float
     assert sorted(train + out) == sorted(set(keys))
     several = len(set(keys)) > 1 and share > 0
     assert len(out) == (min(len(set(keys)) - 1, max(1, round(share * len(set(keys))))) if several else 0)
+
+
+@given(st.integers(2, 30), st.floats(0.01, 0.99), st.integers(0, 3))
+def test_folds_share_nothing_and_none_is_empty(count: int, share: float, seed: int):
+    seen: set[int] = set()
+    for fold in range(count + 1):
+        try:
+            train, out = hold_out(range(count), share, seed, fold)
+        except UsageError:
+            assert fold > 0
+            return
+        assert out and train and not seen & set(out)
+        seen |= set(out)
+    raise AssertionError("there is no last fold")

@@ -512,16 +512,18 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
-    def until(self, text: str, *, patience: float = 30, when_silent: str = "") -> str:
-        """Read on to `text`, for 30 s at most; send `when_silent` whenever nothing came for `patience` seconds."""
+    def until(self, text: str, *, when_silent: str = "") -> str:
+        """Read on to `text`, for 30 s at most; where nothing comes for 5 s, send `when_silent`, once."""
         seen = ""
         deadline = time.monotonic() + 30
         while text not in seen:
-            ready, _, _ = select.select([self.fd], [], [], max(0, min(patience, deadline - time.monotonic())))
-            if not ready:
-                assert time.monotonic() < deadline, f"waited for {text!r}, saw {seen!r}"
+            left = max(0, deadline - time.monotonic())
+            ready, _, _ = select.select([self.fd], [], [], min(5, left) if when_silent else left)
+            if not ready and when_silent:
                 self.send(when_silent)
+                when_silent = ""
                 continue
+            assert ready, f"waited for {text!r}, saw {seen!r}"
             try:
                 seen += os.read(self.fd, 4096).decode()
             except OSError:
@@ -569,7 +571,7 @@ def test_chat(tmp_path: Path, picture: str, weights: Path) -> None:
     terminal.until("forgotten")
     terminal.send("\x03")
     # Python loses a Ctrl-C that falls between its last look for signals and readline's wait for a key: a person presses it again.
-    terminal.until("/quit or Ctrl-D leaves", patience=2, when_silent="\x03")
+    terminal.until("/quit or Ctrl-D leaves", when_silent="\x03")
     terminal.send("five\n")
     terminal.until("<1 messages, 0 images, five>")
     terminal.send("/help\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmgpt.evaluate.ranking import Ranking, kendall_tau_c, write_ranking
+from mmgpt.evaluate.ranking import Ranking, kendall_tau_c, pool, write_ranking
 
 
 def ranking(margins: list[float], lengths: list[tuple[int, int]] | None = None, prompts: list[int] | None = None) -> Ranking:
@@ -73,6 +73,17 @@ def test_the_report(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.png", "ranking.json", "report.md"]
     kept = json.loads((tmp_path / "ranking.json").read_text())["here"]
     assert kept["accuracy"] == 0.75 and [margin for _, margin, _, _ in kept["pairs"]] == [1.0, 2.0, -1.0, 0.2]
+
+
+def test_pooled_rankings_are_one_with_the_prompts_of_each_apart():
+    parts = [ranking([1.0, 2.0, -1.0], prompts=[0, 0, 1]), ranking([0.5, -2.0], prompts=[0, 1])]
+    together = pool([part.to_json() for part in parts])
+    np.testing.assert_allclose(together.margins, [1.0, 2.0, -1.0, 0.5, -2.0])
+    assert together.accuracy == 0.6
+    assert together.prompts[together.better].tolist() == [0, 0, 1, 2, 3]
+    whole = ranking([1.0, 2.0, -1.0, 0.5, -2.0], prompts=[0, 0, 1, 2, 3])
+    assert together.interval() == whole.interval() and together.length_accuracy == whole.length_accuracy
+    assert together.calibration_error == pytest.approx(whole.calibration_error)
 
 
 def test_tau_c_is_what_counting_pairs_gives():

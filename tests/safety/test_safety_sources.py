@@ -79,6 +79,32 @@ def test_requests_fill_every_gap_and_keep_acts_together() -> None:
     assert 0.4 < sum(row.label for row in rows) / len(rows) < 0.6
 
 
+def test_files_of_a_folder_are_one_table(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("framings: {do: ['how to {act}']}\nsensitive: {do: {hate: ['insult {who}']}}\n")
+    (tmp_path / "b.yaml").write_text("sensitive: {do: {hate: [mock him]}}\nharmless: {do: [bake]}\nwords: {who: [her]}\n")
+    found = [(row.text.lower(), row.label) for row in requests(tmp_path)]
+    assert found == [("how to insult her", 1), ("how to mock him", 1), ("how to bake", 0)]
+    broken = {
+        "- a list": "is no table of requests",
+        "a: b: c": "cannot be read as requests",
+        "harmles: {do: [bake]}": "there is no 'harmles' among requests",
+        "harmless: {do: bake}": r"harmless\.do must be a list of texts, not 'bake'",
+        "sensitive: {do: [bare]}": r"sensitive\.do must be a table",
+        "harmless: {dance: [bake]}": "'dance' is no form",
+        "sensitive: {do: {sin: [lie]}}": "'sin' is no category",
+        "everyday: hello": "everyday must be a list",
+        "harmless: {do: [null]}": "must be a list of texts",
+        "everyday: ['say {nothing}']": r"no words for the gap \{nothing\}",
+    }
+    for content, message in broken.items():
+        (tmp_path / "c.yaml").write_text(content)
+        with pytest.raises(UserError, match=message):
+            requests(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no \.yaml file"):
+        requests(tmp_path / "empty")
+
+
 def test_framings_say_nothing_about_the_label() -> None:
     starts = ("teach me to", "write a tutorial on", "compose", "look up", "code ", "convince people that", "write a scene")
     labels: dict[str, list[int]] = {start: [] for start in starts}
