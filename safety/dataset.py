@@ -42,7 +42,6 @@ class Data:
     requests: str | None = None
     pair_weight: float = 2.0
     per_act: int = 3
-    windows: int = 1
     augment: float = 0.25
     holdout: float = 0.12
     tests: list[str] = field(default_factory=lambda: list(sources.TESTS))
@@ -77,7 +76,7 @@ def build(data: Data, seed: int) -> Split:
     dev = [row for row in unique if sources.held_out(row, data.holdout, seed)]
     train = [row for row in unique if not sources.held_out(row, data.holdout, seed)]
     train += canonical(sources.augment(train, int(data.augment * len(train)), seed))
-    train = as_read(train, random.Random(seed), data.windows)
+    train = as_read(train, random.Random(seed))
     for name, part in (("train", train), ("dev", dev)):
         counts[name] = {"sensitive": sum(row.label for row in part), "harmless": sum(1 - row.label for row in part)}
         counts[f"{name} sources"] = dict(Counter(row.source.split("+")[0] for row in part).most_common())
