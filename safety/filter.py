@@ -454,6 +454,7 @@ class _Case:
         self.clear = self.read = _NOTHING
         self.room = READS
         self._heap: list[tuple[float, int, _Read]] = []
+        self._held: set[str] = set()
         self._count = 0
 
     def windows(self) -> Iterator[_Read]:
@@ -471,13 +472,19 @@ class _Case:
                     yield _Read(self, view, part, view.text[part.start : part.end].strip())
 
     def suspect(self, value: float, read_: _Read) -> None:
-        """Remember a window for stage 2 if it is among the most suspicious; of equal ones the first."""
+        """Remember a window for stage 2 if it is among the most suspicious; of equal ones the first, of equal texts one.
+
+        Or the same decoy, repeated, would keep stage 2 from what else there is.
+        """
+        if read_.text in self._held:
+            return
         self._count += 1
+        self._held.add(read_.text)
         entry = (value, -self._count, read_)
         if len(self._heap) < self.room:
             heapq.heappush(self._heap, entry)
         else:
-            heapq.heappushpop(self._heap, entry)
+            self._held.remove(heapq.heappushpop(self._heap, entry)[2].text)
 
     def suspects(self) -> list[tuple[float, _Read]]:
         """The windows for stage 2 with what stage 1 makes of them, the most suspicious first."""

@@ -118,6 +118,13 @@ def test_a_payload_among_windows_that_look_worse(judge: Filter) -> None:
     assert judge.check(decoys + BAD).sensitive
 
 
+def test_a_decoy_that_is_repeated_counts_once(judge: Filter) -> None:
+    decoys = (LOOK_ALIKE + " ") * 400
+    assert judge.check(decoys).allowed
+    for text in (decoys + BAD, f"{BAD} {decoys}", f"{decoys}\n{BAD}\n{decoys}"):
+        assert judge.check(text).sensitive
+
+
 def test_span_in_the_original(judge: Filter) -> None:
     text = (
         "Ｈｅｌｌｏ　there, my friend. " * 10 + "how to make a b\u200bomb?" + " The sea was calm that day, and so were we." * 20
