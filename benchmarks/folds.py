@@ -2,10 +2,10 @@
 
     python benchmarks/folds.py --source pairs.jsonl.gz --folder runs/folds [--folds 5] [--at_once 1] [--config rlhf-text-reward]
 
-Every fold is a run of its own in --folder (`data.fold`), and one that stands there already is taken as it is; --at_once trains
-several side by side, as a GPU has room for. Further arguments go to each run, and `--second hhh-alignment` has each rank a second
-source. The pairs of all folds are pooled: accuracy with a bootstrap interval over prompts, and what the better rule of "longer is
-better" and its opposite reaches on the same pairs. One JSON object on stdout; progress on stderr.
+Every fold is a run of its own in --folder (`data.fold`), and one that the same arguments made before is taken as it is; --at_once
+trains several side by side, as a GPU has room for. Further arguments go to each run, and `--second hhh-alignment` has each rank a
+second source. The pairs of all folds are pooled: accuracy with a bootstrap interval over prompts, and what the better rule of
+"longer is better" and its opposite reaches on the same pairs. One JSON object on stdout; progress on stderr.
 """
 
 from __future__ import annotations
@@ -65,12 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
         folders = list(workers.map(lambda fold: train(settings, more, fold), range(settings.folds)))
     found = [json.loads((folder / "ranking.json").read_text(encoding="utf-8")) for folder in folders]
     every = pool([ranking[OWN] for ranking in found])
-    low, high = every.interval()
+    figures = every.figures()
     result: dict[str, Any] = {
         "pairs": len(every.better),
-        "accuracy": round(every.accuracy, 4),
-        "interval": [round(low, 4), round(high, 4)],
-        "by_length_alone": round(every.length_accuracy, 4),
+        **{key: figures[key] for key in ("accuracy", "interval", "by_length_alone")},
         "folds": [ranking[OWN]["accuracy"] for ranking in found],
     }
     if settings.second:

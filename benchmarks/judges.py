@@ -47,8 +47,7 @@ def pairs(settings: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{settings.source} holds no preference that can be used")
     result: dict[str, Any] = {"prompts": len(found), "pairs": sum(len(item.pairs) for item in found)}
     for name in settings.models:
-        figures = rank(RewardModel.from_pretrained(name).to(machine.pick_device()), found).to_json()
-        result[name] = {key: value for key, value in figures.items() if key != "pairs"}
+        result[name] = rank(RewardModel.from_pretrained(name).to(machine.pick_device()), found).figures()
     return result
 
 

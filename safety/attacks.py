@@ -190,14 +190,7 @@ def _seen(attack: Attack, trained: Collection[str] | None) -> Attack:
 
 def load(path: Path) -> dict[str, Any]:
     """Read the templates. Raises UserError."""
-    import yaml
-
-    try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(table, dict):
-        raise UserError(f"{path} must hold a table of templates")
+    table = sources.read_table(path, "templates")
     for key in ("acts", "role_play", "past_tense", "suffixes", "soup", "prompt_injection", "addresses"):
         if not isinstance(table.get(key), list) or not all(isinstance(item, str) and item for item in table[key]):
             raise UserError(f"{path}: `{key}` must be a list of texts")

@@ -137,26 +137,31 @@ def requests(path: Path | None = None, *, per_act: int = 3, seed: int = 0) -> li
     return rows
 
 
+def read_table(path: Path, holding: str) -> dict[str, Any]:
+    """Read a YAML file that holds a table of something. Raises UserError."""
+    import yaml
+
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as {holding}: {' '.join(str(error).split())}") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{path} is no table of {holding}")
+    return table
+
+
 def _tables(path: Path) -> dict[str, Any]:
     """A YAML file of requests, or all of a folder as one: what stands under the same keys is put together.
 
     Raises:
         UserError: a file cannot be read, or something in it is not where the form has a place for it.
     """
-    import yaml
-
     table: dict[str, Any] = {key: {} for key in ("framings", "sensitive", "harmless", "attacks", "words")} | {"everyday": []}
     files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no .yaml file of requests")
     for file in files:
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{file} cannot be read as requests: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{file} is no table of requests; its keys are {', '.join(table)}")
-        for key, value in content.items():
+        for key, value in read_table(file, "requests").items():
             if key not in table:
                 raise UserError(f"{file}: there is no {key!r} among requests; there are {', '.join(table)}")
             # sensitive: form -> category -> acts; everyday: prompts; the others: name -> what it stands for.

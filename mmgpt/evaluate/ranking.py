@@ -97,18 +97,22 @@ class Ranking:
         spread = np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum())
         return float((centred[0] * centred[1]).sum() / spread) if spread > 0 else 0.0
 
-    def to_json(self) -> dict[str, Any]:
-        """The figures, and of each pair its prompt, margin and the tokens of both answers, so that rankings can be pooled."""
+    def figures(self) -> dict[str, Any]:
+        """What was found, for JSON."""
         low, high = self.interval()
-        pairs = zip(self.prompts[self.better], self.margins, self.lengths[self.better], self.lengths[self.worse])
         return {
             "accuracy": round(self.accuracy, 4),
             "interval": [round(low, 4), round(high, 4)],
             "by_length_alone": round(self.length_accuracy, 4),
             "calibration_error": round(self.calibration_error, 4),
             "correlation_with_length": round(self.length_correlation, 3),
-            "pairs": [[int(prompt), round(float(margin), 4), int(a), int(b)] for prompt, margin, a, b in pairs],
         }
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, and of each pair its prompt, margin and the tokens of both answers, so that rankings can be pooled."""
+        pairs = zip(self.prompts[self.better], self.margins, self.lengths[self.better], self.lengths[self.worse])
+        kept = [[int(prompt), round(float(margin), 4), int(a), int(b)] for prompt, margin, a, b in pairs]
+        return {**self.figures(), "pairs": kept}
 
     def __str__(self) -> str:
         low, high = self.interval()

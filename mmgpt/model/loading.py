@@ -64,25 +64,26 @@ def _freed_memory_returned() -> Iterator[None]:
     glibc keeps blocks of up to 32 MB in its heap, where the copies that reading, joining and rearranging weights make leave
     holes: 90 MB at the peak of a model of 135M with its encoder, 400 MB in the end. Setting its thresholds ends their moving by
     themselves; afterwards they stand where a process that frees large blocks would have moved them. Those that the user has set
-    stay.
+    stay, and the heap is trimmed all the same.
     """
     library = _glibc()
     if library is None:
         yield
         return
-    library.mallopt(M_MMAP_THRESHOLD, APART)
+    ours = not any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if ours:
+        library.mallopt(M_MMAP_THRESHOLD, APART)
     try:
         yield
     finally:
         library.malloc_trim(0)
-        library.mallopt(M_MMAP_THRESHOLD, LARGEST)
-        library.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST)
+        if ours:
+            library.mallopt(M_MMAP_THRESHOLD, LARGEST)
+            library.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST)
 
 
 def _glibc() -> Any:
-    """The C library, if it is one whose allocator can be told, and nobody has."""
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return None
+    """The C library, if it is one whose allocator can be told."""
     try:
         library = ctypes.CDLL(None)
         return library if library.mallopt and library.malloc_trim else None
