@@ -31,7 +31,7 @@ def hold_out(keys: Iterable[K], share: float, seed: int, fold: int = 0) -> tuple
     if share <= 0 or len(names) < 2:
         return names, []
     size = max(1.0, share * len(names))
-    folds = max(1, min(round(1 / share), int(len(names) / size + 1e-9)))
+    folds = max(1, min(round(1 / max(share, 1 / len(names))), int(len(names) / size + 1e-9)))
     if fold >= folds:
         raise UsageError(f"data.fold is {fold}: with data.holdout {share:g} of {len(names)} there are {folds}, counted from 0")
     start, end = round(fold * size), min(round((fold + 1) * size), len(names))

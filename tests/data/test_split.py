@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmgpt.data.split import hold_out
@@ -20,6 +20,7 @@ def test_k_folds_hold_everything_out_once(folds: int, more: int, seed: int):
 
 
 @given(st.lists(st.integers(), max_size=30), st.floats(0, 0.99), st.integers(0, 5))
+@example([0, 1], 5e-324, 0)  # of which 1 / share is no longer a finite number
 def test_a_share_is_held_out_and_something_is_left(keys: list[int], share: float, seed: int):
     train, out = hold_out(keys, share, seed)
     assert sorted(train + out) == sorted(set(keys))
