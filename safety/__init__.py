@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from safety.filter import Filter, Verdict
+    from safety.filter import Filter
+    from safety.verdict import Verdict
 
 __version__ = "0.1.0"
 __all__ = ["Filter", "Verdict", "__version__"]

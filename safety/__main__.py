@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from safety import __version__
-from safety.filter import MAX_BYTES, POINTS, Filter, Verdict
+from safety.filter import Filter
+from safety.verdict import MAX_BYTES, POINTS, Verdict
 
 EPILOG = """\
 verdict: {"line", "sensitive", "score", "reason", "categories", "span", "view", "operating_point", "model"}; "span" counts the

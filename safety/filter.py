@@ -12,19 +12,17 @@ import heapq
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from safety.normalize import BudgetError, View, views
+from safety.stream import AnswerStream
 from safety.taxonomy import KEYS
+from safety.verdict import MAX_BYTES, POINTS, REASONS, Verdict
 from safety.weights import FOLDER, WeightsError, read
 from safety.windows import Window, windows
 
-MAX_BYTES = 10_000_000
-"""A text of so many bytes of UTF-8 is not read but blocked."""
-
-POINTS = ("strict", "balanced", "loose")
 CANARIES = Path(__file__).parent / "data" / "canaries.jsonl"
 MIN_CANARIES, MIN_SEPARATION = 20, 0.5
 
@@ -34,83 +32,11 @@ READS, READS_PER = 6, 4096
 CHUNK = 1 << 17
 """Characters of windows that stage 1 reads in one call; nothing depends on it but memory and speed."""
 
-REASONS: dict[str, str] = {
-    "clear": "not sensitive",
-    "sensitive": "sensitive, of no single category",
-    **{key: "sensitive; its likeliest category" for key in KEYS},
-    "empty": "no text, or nothing visible in it",
-    "not_text": "None, a number, bytes: not a string",
-    "invalid_utf8": "bytes that are no UTF-8",
-    "surrogates": "lone surrogates, which are no characters",
-    "bad_line": "a line that is no JSON object with the field",
-    "bad_messages": "a conversation that is no list of messages",
-    "too_long": f"{MAX_BYTES:,} bytes or more",
-    "budget_exceeded": "disguises nested too deep, or growing too long when they are taken off",
-    "not_finite": "a stage gave NaN, infinity or the wrong number of outputs",
-    "failed_normalize": "an exception while the text was normalised or decoded",
-    "failed_windows": "an exception while windows were cut",
-    "failed_linear": "an exception in stage 1",
-    "failed_transformer": "an exception in stage 2",
-    "failed_decision": "an exception in the decision",
-    "weights_missing": "a file of the weights is not there",
-    "weights_truncated": "a file of the weights is shorter than it was",
-    "weights_altered": "a file of the weights is not the one whose hash was written down",
-    "weights_unreadable": "a file of the weights cannot be read or used",
-    "canary_failed": "the prompts that are tried at the start are not told apart",
-    "failed_load": "another exception while the filter was loaded",
-    "failed_gate": "an exception in the gate",
-    "failed_audit": "the audit log cannot be written",
-}
-"""Every reason code. All but `clear` block."""
-
 
 class Stage(Protocol):
     """`classifier.Linear` and `classifier.Transformer`."""
 
     def logits(self, texts: Sequence[str]) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the filter decided.
-
-    Args:
-        sensitive: Whether the text should not be answered.
-        score: Calibrated probability that it is sensitive; 1 where it could not be judged.
-        reason: A code of `REASONS`.
-        categories: A calibrated probability for each category of the taxonomy, of the window that decided; empty where the
-            text could not be judged.
-        span: Characters of the text that fired, start and end; None where nothing did.
-        view: The reading in which they fired: `canonical`, or the decoders that led to it.
-        operating_point: strict, balanced or loose.
-        model: Hash of the weights, 12 digits; empty where there are none.
-    """
-
-    sensitive: bool
-    score: float
-    reason: str
-    categories: Mapping[str, float] = field(default_factory=dict)
-    span: tuple[int, int] | None = None
-    view: str = ""
-    operating_point: str = "balanced"
-    model: str = ""
-
-    @property
-    def allowed(self) -> bool:
-        return not self.sensitive
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict for one line of JSON."""
-        return {
-            "sensitive": self.sensitive,
-            "score": round(self.score, 6),
-            "reason": self.reason,
-            "categories": {key: round(value, 4) for key, value in self.categories.items()},
-            "span": None if self.span is None else list(self.span),
-            "view": self.view,
-            "operating_point": self.operating_point,
-            "model": self.model,
-        }
 
 
 class _Blocked(Exception):
@@ -330,71 +256,6 @@ class Filter:
     def answer_stream(self) -> AnswerStream:
         """A checker for an answer that comes in pieces."""
         return AnswerStream(self)
-
-
-class AnswerStream:
-    """Checks an answer while it comes and gives back what is cleared.
-
-    At every `STEP` characters the last `TAIL` are judged, and all of the answer at its end; what is cleared is held back by
-    `HOLD` more characters, so that a sentence is not half shown when its end gives it away. Where the answer is cut into
-    pieces makes no difference, but for one of `MAX_BYTES`, which is not read further.
-    """
-
-    STEP, HOLD, TAIL = 96, 64, 768
-
-    def __init__(self, judge: Filter) -> None:
-        self.filter = judge
-        self.verdict = judge.blocked(judge.problem) if judge.problem else Verdict(False, 0.0, "clear", model=judge.model)
-        self._text: list[str] = []
-        self._tail = ""
-        self._held = ""
-        self._since = 0
-        self._bytes = 0
-        self._worst: Verdict | None = None
-
-    def feed(self, piece: Any) -> Iterator[str]:
-        """Take a piece of the answer; gives what may be shown of it and of what came before."""
-        if self.verdict.sensitive:
-            return
-        if not isinstance(piece, str):
-            self.verdict = self.filter.blocked("not_text")
-            return
-        self._bytes += len(piece.encode("utf-8", "surrogatepass"))
-        if self._bytes >= MAX_BYTES:
-            self.verdict = self.filter.blocked("too_long")
-            return
-        at = 0
-        while at < len(piece):
-            part = piece[at : at + self.STEP - self._since]
-            at += len(part)
-            self._since += len(part)
-            self._text.append(part)
-            self._held += part
-            self._tail = (self._tail + part)[-self.TAIL :]
-            if self._since == self.STEP:
-                self._since = 0
-                if self._tail.strip():
-                    self._judge(self._tail)
-                if self.verdict.sensitive:
-                    return
-                cleared, self._held = self._held[: -self.HOLD], self._held[-self.HOLD :]
-                if cleared:
-                    yield cleared
-
-    def close(self) -> Iterator[str]:
-        """The answer has ended: gives what is left of it, if all of it may be shown."""
-        if self.verdict.sensitive:
-            return
-        self._judge("".join(self._text))
-        if not self.verdict.sensitive and self._held:
-            cleared, self._held = self._held, ""
-            yield cleared
-
-    def _judge(self, text: str) -> None:
-        found = self.filter.check(text)
-        if self._worst is None or (found.sensitive, found.score) > (self._worst.sensitive, self._worst.score):
-            self._worst = found
-        self.verdict = self._worst
 
 
 def content_text(content: Any) -> str:

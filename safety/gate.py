@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safety import filter as filter_
+from safety import verdict as verdict_
 from safety.filter import Filter, content_text
+from safety.stream import AnswerStream
 
 REFUSAL = "I'm sorry, but I can't help with that."
 """The one style of a refusal: grade A of `safety.rules`."""
@@ -37,7 +38,7 @@ class Verdict:
 
     Args:
         allowed: Whether the text may pass.
-        reason: A code of `safety.filter.REASONS`.
+        reason: A code of `safety.verdict.REASONS`.
         score: Calibrated probability that the text is sensitive.
         refusal: What the user is told instead; empty where the text may pass.
     """
@@ -87,7 +88,7 @@ class Gate:
         return self._decided("prompt", found, lambda: "\n".join(content_text(message["content"]) for message in messages))
 
     def stream(self, messages: Sequence[Any], pieces: Iterable[str]) -> Generator[str, None, Verdict]:
-        """Let an answer through once it is cleared; see `filter.AnswerStream`.
+        """Let an answer through once it is cleared; see `stream.AnswerStream`.
 
         What comes out, joined, is what went in as long as nothing is found; wherever the pieces are cut, the same is found.
         Then everything still held is dropped, the refusal comes out, and the stream ends. An exception of `pieces` itself
@@ -116,7 +117,7 @@ class Gate:
             yield ("\n\n" if released else "") + verdict.refusal
         return verdict
 
-    def _step(self, checker: filter_.AnswerStream, act: Any) -> list[str]:
+    def _step(self, checker: AnswerStream, act: Any) -> list[str]:
         try:
             cleared: list[str] = act()
             return cleared
@@ -124,7 +125,7 @@ class Gate:
             checker.verdict = self.filter.blocked("failed_gate")
             return []
 
-    def _decided(self, event: str, found: filter_.Verdict, text: Any) -> Verdict:
+    def _decided(self, event: str, found: verdict_.Verdict, text: Any) -> Verdict:
         if self.audit is not None:
             try:
                 said = ""
@@ -152,7 +153,7 @@ class AuditLog:
         self.path, self.log_text = path, log_text
         self._salt = b""
 
-    def write(self, event: str, verdict: filter_.Verdict, text: str) -> None:
+    def write(self, event: str, verdict: verdict_.Verdict, text: str) -> None:
         """Append a decision. Raises OSError."""
         data = text.encode("utf-8", "surrogatepass")
         line: dict[str, Any] = {

@@ -32,9 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from safety import obfuscate
-from safety.filter import POINTS, Filter, Verdict
+from safety.filter import Filter
 from safety.intervals import wilson
 from safety.normalize import BudgetError, normalize, views
+from safety.verdict import POINTS, Verdict
 from safety.windows import windows
 
 PAIRS, ALLOWED = 1000, 0.01

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from safety.attacks import FAMILIES, OWN, Attack, attacks
-from safety.filter import POINTS
 from safety.intervals import wilson
+from safety.verdict import POINTS
 
 WEIGHTS = Path(__file__).parent / "weights"
 BATCH = 128

@@ -21,7 +21,7 @@ CALIBRATION = "calibration.json"
 
 
 class WeightsError(Exception):
-    """The weights cannot be used; `reason` is a code of `filter.REASONS`."""
+    """The weights cannot be used; `reason` is a code of `verdict.REASONS`."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)

@@ -19,8 +19,9 @@ from tiny_filter import BAD, GOOD, LOOK_ALIKE, OUTPUTS
 
 from safety import __main__ as command
 from safety import weights as sealed
-from safety.filter import MAX_BYTES, MIN_CANARIES, REASONS, Filter
+from safety.filter import MIN_CANARIES, Filter
 from safety.gate import REFUSAL, Gate
+from safety.verdict import MAX_BYTES, REASONS
 
 
 def raising(error: BaseException) -> Callable[..., Any]:

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from tiny_filter import BAD, GOOD, LOOK_ALIKE
 
 import safety
-from safety.filter import MAX_BYTES, READS, REASONS, AnswerStream, Filter, Verdict
+from safety.filter import READS, Filter
 from safety.obfuscate import NAMES, apply
+from safety.stream import AnswerStream
 from safety.taxonomy import KEYS
+from safety.verdict import MAX_BYTES, REASONS, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +207,7 @@ def test_a_piece_that_is_no_text_ends_the_stream(judge: Filter, piece: Any) -> N
 
 
 def test_an_answer_without_end(judge: Filter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("safety.filter.MAX_BYTES", 1000)
+    monkeypatch.setattr("safety.stream.MAX_BYTES", 1000)
     stream = judge.answer_stream()
     drain(stream, ["The sea was calm. "] * 100)
     assert stream.verdict.reason == "too_long"

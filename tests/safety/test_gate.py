@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_filter import BAD, GOOD
 
-from safety.filter import AnswerStream
 from safety.gate import REFUSAL, AuditLog, Gate, Verdict
+from safety.stream import AnswerStream
 
 CALM = "The sea was calm that day. "
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from safety.filter import POINTS, Filter
+from safety.filter import Filter
 from safety.obfuscate import INVERTIBLE, apply
+from safety.verdict import POINTS
 from safety.weights import FOLDER
 
 BAD = [
