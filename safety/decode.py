@@ -19,6 +19,7 @@ from urllib.parse import unquote_to_bytes
 
 from safety.characters import clean
 from safety.english import disguised, likelihood
+from safety.order import direction
 
 Replacement = tuple[int, int, str]
 Decoder = Callable[[str, str], list[Replacement]]
@@ -223,7 +224,9 @@ _LEET_DIGIT = re.compile(r"[0134578@$!|+]")
 _LEET_SIGN = re.compile(
     r"[A-Za-z][0134578@$!|+]+[A-Za-z]|(?<![A-Za-z0-9@$])[0134578@$]+[A-Za-z]{3}|(?<![A-Za-z0-9@$])[0134578@$][A-Za-z]{2}[0134578@$]"
 )
-_LEET_TOKEN = re.compile(r"[A-Za-z0-9@$!|+']+")
+_BAR = re.compile(r"(?<=[A-Za-z])\|(?=[A-Za-z])")
+_OTHER_MARK = re.compile(r"(?<=[A-Za-z])[*~^`=#\\](?=[A-Za-z])")
+_LEET_TOKEN, _LEET_PART = re.compile(r"[A-Za-z0-9@$!|+']+"), re.compile(r"[A-Za-z0-9@$!+']+")
 _LEET_WORDS = {
     "a", "i", "as", "at", "be", "go", "ie", "if", "is", "it", "its", "so", "to", "too", "see", "set", "sit", "tie", "toe", "eat",
     "tea", "oat", "bias", "best", "test", "state", "base", "basis", "site", "boss", "goes", "bite", "beat", "boat", "gas", "big",
@@ -234,8 +237,10 @@ _LEET_WORDS = {
 def _leet(text: str, raw: str) -> list[Replacement]:
     if not _LEET_DIGIT.search(text) or not _LEET_SIGN.search(text):
         return []
+    # A bar is an l, but a mark like the others where there are more of these inside of words.
+    marks = "|" in text and len(_OTHER_MARK.findall(text)) > len(_BAR.findall(text))
     found = []
-    for match in _LEET_TOKEN.finditer(text):
+    for match in (_LEET_PART if marks else _LEET_TOKEN).finditer(text):
         token = match[0]
         if token.isalpha():
             continue
@@ -251,6 +256,8 @@ def _leet(text: str, raw: str) -> list[Replacement]:
 
 # Turned text
 
+CLEAR_ORDER = 2
+"""Signs that words are turned one by one, or that they are not, which leave no doubt: below, both is read."""
 
 # What has no English letters to tell it by: percent signs and hexadecimal digits turned by 13, percent signs reversed.
 _TURNED = re.compile(
@@ -277,12 +284,13 @@ def _reverse(text: str, raw: str) -> list[Replacement]:
     spans = _disguised(text, "reversed")
     if not spans and (("%" in text and _REVERSED.search(text)) or _MORSE.search(_marked(text))):
         spans = [(0, len(text))]
-    return [(a, b, text[a:b][::-1]) for a, b in spans]
+    return [(a, b, text[a:b][::-1]) for a, b in spans if direction(text[a:b][::-1]) > -CLEAR_ORDER]
 
 
 def _reverse_words(text: str, raw: str) -> list[Replacement]:
-    """Each word turned by itself, or the order of the words kept in a turned text."""
-    return [(a, b, _TOKEN.sub(lambda word: word[0][::-1], text[a:b])) for a, b in _disguised(text, "reversed")]
+    """Each word turned by itself: the words of what `_reverse` gives, in the opposite order."""
+    spans = [(a, b) for a, b in _disguised(text, "reversed") if direction(text[a:b][::-1]) < CLEAR_ORDER]
+    return [(a, b, _TOKEN.sub(lambda word: word[0][::-1], text[a:b])) for a, b in spans]
 
 
 def _disguised(text: str, how: str) -> list[tuple[int, int]]:

@@ -53,34 +53,36 @@ HOW = ("rot13", "reversed")
 
 
 def disguised(text: str, how: str) -> list[tuple[int, int]]:
-    """The stretches of a text that are better English under `how` (`rot13`, `reversed`) than as they stand.
+    """The stretches of a text that are better English under `how` (`rot13`, `reversed`) than as they stand, or under the other.
 
-    Two states, plain and disguised, with the cost of a change, and the most likely path through the words (Viterbi 1967);
-    a bound that is taken over the whole text at once says first whether any path could leave `plain`.
+    Three states, plain and the two disguises, with the cost of a change, and the most likely path through the words (Viterbi
+    1967); a bound that is taken over the whole text at once says first which states a path could be in at all.
 
     Returns:
         Spans of whole words in order. Linear in the length of the text.
     """
-    return _both(text)[HOW.index(how)]
+    return _stretches(text)[HOW.index(how)]
 
 
 @lru_cache(maxsize=1)  # three decoders ask about every text
-def _both(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _stretches(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     import numpy as np
 
     pairs = _codes(text)
     total = np.zeros((2, len(pairs) + 1), np.float64)
     np.cumsum(_known().gains.take(pairs, axis=1), axis=1, out=total[:, 1:])
     # The largest gain of any stretch of text: the least that it must pay for is a change at either end.
-    most = (total - np.minimum.accumulate(total, axis=1)).max(axis=1).tolist()
-    if max(most) <= COST:
-        return [], []
-    words = [match.span() for match in _WORD.finditer(text)]
-    # A word's own pairs and those with the gaps on both of its sides; place i lies before letter i.
-    starts, ends = np.array(words).T
-    gains = total[:, ends + 1] - total[:, starts]
-    found = [_best_path(words, row.tolist()) if gain > COST else [] for row, gain in zip(gains, most)]
-    return found[0], found[1]
+    most = (total - np.minimum.accumulate(total, axis=1)).max(axis=1)
+    states = np.flatnonzero(most > COST).tolist()
+    found: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    if states:
+        words = [match.span() for match in _WORD.finditer(text)]
+        # A word's own pairs and those with the gaps on both of its sides; place i lies before letter i.
+        starts, ends = np.array(words).T
+        path = _best_path((total[:, ends + 1] - total[:, starts])[states].tolist())
+        for start, end, state in path:
+            found[states[state]].append((words[start][0], words[end][1]))
+    return found
 
 
 def likelihood(text: str) -> float:
@@ -104,22 +106,29 @@ def _codes(text: str) -> np.ndarray:
     return pairs
 
 
-def _best_path(words: list[tuple[int, int]], gains: list[float]) -> list[tuple[int, int]]:
-    plain, hidden = 0.0, -COST / 2  # the best gain of a path that ends in either state; an end costs half a change
-    steps: list[tuple[bool, bool]] = []
-    for gain in gains:
-        from_hidden = hidden - COST > plain
-        from_plain = plain - COST > hidden
-        steps.append((from_hidden, from_plain))
-        plain, hidden = (hidden - COST if from_hidden else plain), (plain - COST if from_plain else hidden) + gain
-    state = hidden - COST / 2 > plain
-    spans: list[tuple[int, int]] = []
-    for at in range(len(words) - 1, -1, -1):
-        previous = steps[at][0] if not state else not steps[at][1]
-        if state:
-            if not spans or spans[-1][0] != at + 1:
-                spans.append((at, at))
+def _best_path(gains: list[list[float]]) -> list[tuple[int, int, int]]:
+    """The best path through the words: first and last word of every stretch that is disguised, and as what.
+
+    Args:
+        gains: Of each disguise, for each word.
+    """
+    disguises = range(len(gains))
+    plain, hidden = 0.0, [-COST / 2] * len(gains)  # the best gain of a path that ends in a state; an end costs half a change
+    steps: list[list[int]] = []  # the state before, of plain and of each disguise; -1 is plain
+    for word in zip(*gains):
+        best = max(disguises, key=hidden.__getitem__)
+        into_plain = best if hidden[best] - COST > plain else -1
+        into_hidden, changed = (best, hidden[best] - COST) if hidden[best] > plain else (-1, plain - COST)
+        steps.append([into_plain, *(at if hidden[at] >= changed else into_hidden for at in disguises)])
+        plain, hidden = max(plain, hidden[best] - COST), [max(hidden[at], changed) + word[at] for at in disguises]
+    best = max(disguises, key=hidden.__getitem__)
+    state = best if hidden[best] - COST / 2 > plain else -1
+    stretches: list[tuple[int, int, int]] = []
+    for at in range(len(steps) - 1, -1, -1):
+        if state >= 0:
+            if stretches and stretches[-1][0] == at + 1 and stretches[-1][2] == state:
+                stretches[-1] = (at, stretches[-1][1], state)
             else:
-                spans[-1] = (at, spans[-1][1])
-        state = previous
-    return [(words[a][0], words[b][1]) for a, b in reversed(spans)]
+                stretches.append((at, at, state))
+        state = steps[at][state + 1]
+    return stretches[::-1]

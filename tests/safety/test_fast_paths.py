@@ -10,7 +10,7 @@ import unicodedata
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise, product
 
 import numpy as np
 import pytest
@@ -102,17 +102,30 @@ def test_where_a_character_came_from(text: str, start: int, size: int, chunk: in
 @given(
     st.lists(st.sampled_from(["how to ", "ubj gb znxr ", "woh ot ekam ", "a bomb ", "n obzo ", "bmob ", "x", "\n"]), max_size=20)
 )
-def test_both_readings_at_once_are_each_by_itself(parts: list[str]) -> None:
+def test_where_no_path_can_leave_plain_none_is_searched_for(parts: list[str]) -> None:
     text = "".join(parts)
     known = english._known()
-    for how, gains in zip(english.HOW, known.gains):
-        total = np.zeros(len(text) + 2, np.float64)
-        np.cumsum(gains[english._codes(text)], out=total[1:])
-        spans: list[tuple[int, int]] = []
-        if float((total - np.minimum.accumulate(total)).max()) > english.COST:
-            words = [match.span() for match in re.finditer(r"\S+", text)]
-            spans = english._best_path(words, [float(total[end + 1] - total[start]) for start, end in words])
-        assert english.disguised(text, how) == spans
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    total = np.zeros((2, len(text) + 2), np.float64)
+    np.cumsum(known.gains[:, english._codes(text)], axis=1, out=total[:, 1:])
+    gains = [[float(row[end + 1] - row[start]) for start, end in words] for row in total]
+    found = [(words[start][0], words[end][1], english.HOW[state]) for start, end, state in english._best_path(gains)]
+    assert found == sorted((*span, how) for how in english.HOW for span in english.disguised(text, how))
+
+
+@given(st.lists(st.tuples(st.integers(-30, 30), st.integers(-30, 30)), max_size=6))
+def test_the_path_is_the_best_of_all(words: list[tuple[int, int]]) -> None:
+    gains = [[float(word[at]) for word in words] for at in range(2)]
+
+    def worth(states: tuple[int, ...]) -> float:  # -1 is plain
+        ends = (states[0] >= 0) + (states[-1] >= 0) if states else 0
+        changes = sum(a != b for a, b in pairwise(states))
+        return sum(word[at] for word, at in zip(words, states) if at >= 0) - english.COST * (changes + ends / 2)
+
+    path = [-1] * len(words)
+    for start, end, state in english._best_path(gains):
+        path[start : end + 1] = [state] * (end + 1 - start)
+    assert worth(tuple(path)) == max(map(worth, product((-1, 0, 1), repeat=len(words))))
 
 
 @settings(deadline=None, max_examples=60)

@@ -219,6 +219,22 @@ def test_what_a_line_of_the_log_holds(weights: Path, tmp_path: Path) -> None:
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600 and path.read_bytes().isascii()
 
 
+def test_a_log_by_itself_holds_no_text_and_no_local_time(
+    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Pacific/Auckland")
+    time.tzset()
+    try:
+        path = tmp_path / "audit.jsonl"
+        AuditLog(path).write("prompt", gate.filter.check(GOOD), GOOD)
+        line = json.loads(path.read_text())
+        assert "text" not in line and GOOD not in path.read_text()
+        assert abs(time.time() - calendar.timegm(time.strptime(line["time"], "%Y-%m-%dT%H:%M:%SZ"))) < 60
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_what_cannot_be_read_is_logged_too(weights: Path, tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     gate = Gate(weights=weights, audit=path, log_text=True)
