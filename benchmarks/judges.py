@@ -23,7 +23,8 @@ import numpy as np
 from mmgpt import machine
 from mmgpt.config import SourceConfig
 from mmgpt.data.messages import user
-from mmgpt.data.preferences import Preference, read_preferences, side_by_side
+from mmgpt.data.preferences import read_preferences
+from mmgpt.data.ranked import Preference, side_by_side
 from mmgpt.errors import UsageError, UserError, run_cli
 from mmgpt.evaluate.ranking import Ranking, kendall_tau_c
 from mmgpt.model.heads import RewardModel

@@ -24,7 +24,7 @@ from mmgpt import machine
 from mmgpt.config import LanguageConfig, ModelConfig
 from mmgpt.data.branching import PreferenceBatch, collate_answers
 from mmgpt.data.messages import user
-from mmgpt.data.preferences import Preference, RankedItem, rank_item, ranked_pairs
+from mmgpt.data.ranked import Preference, RankedItem, rank_item, ranked_pairs
 from mmgpt.model.heads import RewardModel
 from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.rl.losses import reward_loss

@@ -22,7 +22,7 @@ from rich.text import Text
 from mmgpt.config import SourceConfig
 from mmgpt.data.labels import Labels, RankingError, Task, different, format_ranking, parse_ranking, read_tasks
 from mmgpt.data.messages import Rejected
-from mmgpt.data.preferences import MOST_ANSWERS
+from mmgpt.data.ranked import MOST_ANSWERS
 from mmgpt.errors import UsageError, UserError, run_cli
 from mmgpt.evaluate.agreement import compare, read_judgements
 

@@ -11,8 +11,9 @@ import torch
 from mmgpt.config import DataConfig, SourceConfig
 from mmgpt.data.loader import BatchLoader
 from mmgpt.data.messages import text_of
-from mmgpt.data.preferences import Preference, prompt_key, read_preferences
+from mmgpt.data.preferences import read_preferences
 from mmgpt.data.prompts import Prompt, PromptLoader, load_prompts
+from mmgpt.data.ranked import Preference, prompt_key
 from mmgpt.data.rejections import RejectionReport
 from mmgpt.data.text import load_text
 from mmgpt.errors import UsageError, UserError

@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 
 from mmgpt.config import SourceConfig
-from mmgpt.data.preferences import split_by_prompt
 from mmgpt.data.rejections import RejectionReport
+from mmgpt.data.split import split_by_prompt
 from mmgpt.errors import UsageError, UserError
 from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.run import Run, say

@@ -13,7 +13,8 @@ from mmgpt.config import SourceConfig
 from mmgpt.data.branching import PreferenceBatch, PreferenceLoader
 from mmgpt.data.loader import load_items
 from mmgpt.data.messages import text_of
-from mmgpt.data.preferences import RankedItem, load_preferences, statistics
+from mmgpt.data.preferences import load_preferences
+from mmgpt.data.ranked import RankedItem, statistics
 from mmgpt.data.rejections import RejectionReport
 from mmgpt.evaluate.captioning import prompt_of
 from mmgpt.evaluate.ranking import Ranking, rank_batches, write_ranking

@@ -2,9 +2,10 @@
 
 Signs, each of which counts one: a pair of neighbours that stand in one order five times as often as in the other ("to the"), an
 end mark on the last word instead of the first, a capital on the first instead of the last. The pairs are those of the
-hundred most frequent words of `safety/data/requests/`, with the edges of a text and all other words as a word each:
+hundred most frequent words of `safety/data/requests/`, with the edges of a text and all other words as a word each,
+and counted again by
 
-    python -m safety.order        count them again, and write data/word_order.json
+    python -c "from safety import order, sources; order.write(row.text for row in sources.requests(per_act=2))"
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ def count(texts: Iterable[str]) -> dict[str, list[str]]:
     return follow
 
 
+def write(texts: Iterable[str], path: Path = TABLE) -> None:
+    """Count the words of texts and write the table, a line for each word."""
+    rows = ",\n".join(f"{json.dumps(word)}: {json.dumps(' '.join(behind))}" for word, behind in count(texts).items())
+    path.write_text("{\n" + rows + "\n}\n", encoding="utf-8")
+
+
 def _words(text: str) -> Iterator[str]:
     return (word.strip("'") or "'" for word in _WORD.findall(text.lower()))
 
@@ -59,11 +66,3 @@ def _known(words: Iterable[str], common: Container[str]) -> list[str]:
 @cache
 def _follow() -> dict[str, set[str]]:
     return {word: set(behind.split()) for word, behind in json.loads(TABLE.read_text(encoding="utf-8")).items()}
-
-
-if __name__ == "__main__":
-    from safety import sources
-
-    found = count(row.text for row in sources.requests(per_act=2))
-    rows = ",\n".join(f"{json.dumps(word)}: {json.dumps(' '.join(behind))}" for word, behind in found.items())
-    TABLE.write_text("{\n" + rows + "\n}\n", encoding="utf-8")

@@ -321,7 +321,8 @@ def test_easy_vqa(folders: tuple[Path, Path]) -> None:
 def test_hhh_alignment_is_read_as_preferences(folders: tuple[Path, Path]) -> None:
     from mmgpt.config import SourceConfig
     from mmgpt.data.messages import text_of
-    from mmgpt.data.preferences import Preference, read_preferences
+    from mmgpt.data.preferences import read_preferences
+    from mmgpt.data.ranked import Preference
 
     source, target = folders
     tasks = source / "bigbench" / "hhh_alignment"

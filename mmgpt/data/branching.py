@@ -17,7 +17,7 @@ from mmgpt.data.features import ImageSource, merge_prepared
 from mmgpt.data.loader import BatchLoader, open_images
 from mmgpt.data.messages import Rejected
 from mmgpt.data.packing import Batch, block_mask
-from mmgpt.data.preferences import RankedItem
+from mmgpt.data.ranked import RankedItem
 from mmgpt.data.rejections import RejectionReport
 
 

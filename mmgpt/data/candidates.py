@@ -21,7 +21,7 @@ from torch import Tensor
 from mmgpt.config import SourceConfig
 from mmgpt.data.messages import ImageRef, MessageError, Rejected, user
 from mmgpt.data.objects import made_up, vocabulary
-from mmgpt.data.preferences import Preference
+from mmgpt.data.ranked import Preference
 from mmgpt.data.sources import captions_of, draw_question, read_rows
 from mmgpt.errors import UsageError
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmgpt.data.messages import Message, Sample, assistant, text_of, user
-from mmgpt.data.preferences import Preference, ranked_pairs
+from mmgpt.data.ranked import Preference, ranked_pairs
 
 LETTERS = "abcdefghijkl"
 SIGNS = "".join(sign for sign in map(chr, range(128)) if not sign.isspace()) + "\N{REPLACEMENT CHARACTER}" * 32

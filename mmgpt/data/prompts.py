@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from mmgpt.config import SourceConfig
 from mmgpt.data.images import ImageError, open_image
 from mmgpt.data.messages import Message, MessageError, Rejected, Sample, images_of
-from mmgpt.data.preferences import asked_in, prompt_key
+from mmgpt.data.preferences import asked_in
+from mmgpt.data.ranked import prompt_key
 from mmgpt.data.readers import Row
 from mmgpt.data.rejections import RejectionReport
 from mmgpt.data.sources import MADE_UP, check_counts, read_rows, read_source, samples_of

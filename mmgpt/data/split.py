@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from mmgpt.errors import UsageError
 
 K = TypeVar("K", bound=Any)
+T = TypeVar("T")
 
 
 def hold_out(keys: Iterable[K], share: float, seed: int, fold: int = 0) -> tuple[list[K], list[K]]:
@@ -38,3 +39,22 @@ def hold_out(keys: Iterable[K], share: float, seed: int, fold: int = 0) -> tuple
     if fold == 0:
         end = min(end, len(names) - 1)
     return names[:start] + names[end:], names[start:end]
+
+
+def split_by_prompt(
+    items: Sequence[T], share: float, seed: int, key: Callable[[T], str], fold: int = 0
+) -> tuple[list[T], list[T]]:
+    """Set a share of the prompts aside: no prompt, and no answer to it, is on both sides.
+
+    Args:
+        items: What is split.
+        share: Of the prompts; at least one, where there are two.
+        seed: Draws them.
+        key: The prompt of an item (`prompt_key`).
+        fold: Which part (`hold_out`).
+    """
+    held = set(hold_out(map(key, items), share, seed, fold)[1])
+    sides: tuple[list[T], list[T]] = ([], [])
+    for item in items:
+        sides[key(item) in held].append(item)
+    return sides

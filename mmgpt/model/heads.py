@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmgpt.data.branching import PreferenceBatch, collate_answers
 from mmgpt.data.messages import Message, normalize
-from mmgpt.data.preferences import Preference, RankedItem, rank_item
+from mmgpt.data.ranked import Preference, RankedItem, rank_item
 from mmgpt.errors import UserError
 from mmgpt.model.language import width_of
 from mmgpt.model.multimodal import MultimodalGPT, find_model

@@ -24,7 +24,7 @@ from mmgpt.data.messages import Message, images_of
 from mmgpt.errors import UsageError, UserError
 
 if TYPE_CHECKING:
-    from mmgpt.data.preferences import Preference
+    from mmgpt.data.ranked import Preference
 
 @dataclass
 class RewardTerm:
@@ -220,7 +220,7 @@ def margins(learned: WeightedReward, rule: WeightedReward, ranked: Sequence[Pref
     Raises:
         UserError: one of them cannot judge any pair.
     """
-    from mmgpt.data.preferences import side_by_side
+    from mmgpt.data.ranked import side_by_side
 
     prompts, answers, pairs = side_by_side(ranked)
     values = [reward(prompts, answers).values.double().numpy() for reward in (learned, rule)]

@@ -12,7 +12,7 @@ from mmgpt.config import DataConfig
 from mmgpt.data.branching import PreferenceLoader, branch_mask, collate_answers
 from mmgpt.data.features import ImageSource
 from mmgpt.data.messages import normalize
-from mmgpt.data.preferences import Preference, RankedItem, rank_item
+from mmgpt.data.ranked import Preference, RankedItem, rank_item
 from mmgpt.data.rejections import RejectionReport
 from mmgpt.model.multimodal import MultimodalGPT
 

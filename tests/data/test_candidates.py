@@ -15,7 +15,8 @@ from mmgpt.config import SourceConfig
 from mmgpt.data import similarity
 from mmgpt.data.candidates import FEWEST, MOST, Captioned, rank_captions, read_captioned
 from mmgpt.data.messages import Rejected, images_of, text_of
-from mmgpt.data.preferences import Preference, read_preferences
+from mmgpt.data.preferences import read_preferences
+from mmgpt.data.ranked import Preference
 from mmgpt.errors import UsageError
 
 COLOURS = ("black", "white", "red", "blue", "green")

@@ -15,17 +15,10 @@ from tiny_models import noise
 
 from mmgpt.config import SourceConfig
 from mmgpt.data.messages import Rejected, images_of, text_of
-from mmgpt.data.preferences import (
-    Preference,
-    join_prompts,
-    load_preferences,
-    rank_item,
-    ranked_pairs,
-    read_preferences,
-    split_by_prompt,
-    statistics,
-)
+from mmgpt.data.preferences import load_preferences, read_preferences
+from mmgpt.data.ranked import Preference, join_prompts, rank_item, ranked_pairs, statistics
 from mmgpt.data.rejections import RejectionReport
+from mmgpt.data.split import split_by_prompt
 from mmgpt.data.template import encode, get_template
 from mmgpt.data.tokenizer import Tokenizer
 from mmgpt.errors import UsageError

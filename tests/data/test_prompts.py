@@ -11,9 +11,10 @@ from tiny_models import noise, tiny_model
 
 from mmgpt.config import SourceConfig
 from mmgpt.data.messages import images_of, text_of, user
-from mmgpt.data.preferences import prompt_key, split_by_prompt
 from mmgpt.data.prompts import Prompt, PromptLoader, load_prompts
+from mmgpt.data.ranked import prompt_key
 from mmgpt.data.rejections import RejectionReport
+from mmgpt.data.split import split_by_prompt
 from mmgpt.data.text import holds_text, load_text
 from mmgpt.data.tokenizer import Tokenizer
 from mmgpt.errors import UsageError

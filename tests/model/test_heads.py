@@ -10,7 +10,7 @@ from tiny_models import enliven, noise, tiny_model
 
 from mmgpt.data.branching import collate_answers
 from mmgpt.data.messages import assistant, user
-from mmgpt.data.preferences import Preference, rank_item
+from mmgpt.data.ranked import Preference, rank_item
 from mmgpt.errors import UserError
 from mmgpt.model.heads import HEAD_FILE, RewardModel, ScalarHead
 from mmgpt.model.multimodal import MultimodalGPT

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmgpt.data.preferences import ranked_pairs
+from mmgpt.data.ranked import ranked_pairs
 from mmgpt.rl.losses import (
     dpo_loss,
     entropy_of,

@@ -14,7 +14,7 @@ from tiny_models import noise, tiny_model
 
 from mmgpt.data.letters import LetterReward, rank_letters
 from mmgpt.data.messages import user
-from mmgpt.data.preferences import Preference
+from mmgpt.data.ranked import Preference
 from mmgpt.errors import UsageError, UserError
 from mmgpt.model.heads import RewardModel
 from mmgpt.rl.rewards import LearnedReward, RewardTerm, WeightedReward, fit_weight, judge, load_reward

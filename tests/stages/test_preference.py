@@ -17,7 +17,7 @@ from mmgpt.data.branching import collate_answers
 from mmgpt.data.letters import letter_prompts, letter_reward
 from mmgpt.data.messages import user
 from mmgpt.data.packing import collate
-from mmgpt.data.preferences import Preference, RankedItem, rank_item, ranked_pairs
+from mmgpt.data.ranked import Preference, RankedItem, rank_item, ranked_pairs
 from mmgpt.model.multimodal import MultimodalGPT
 from mmgpt.rl.rollout import draw
 from mmgpt.stages.preference import DirectPreference, answer_log_probs

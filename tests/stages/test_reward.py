@@ -15,7 +15,7 @@ from mmgpt.config import OptimizerConfig, PartRates, RunConfig
 from mmgpt.data.branching import collate_answers
 from mmgpt.data.letters import rank_letters
 from mmgpt.data.messages import user
-from mmgpt.data.preferences import Preference, RankedItem, rank_item, ranked_pairs
+from mmgpt.data.ranked import Preference, RankedItem, rank_item, ranked_pairs
 from mmgpt.model.heads import RewardModel
 from mmgpt.rl.losses import reward_loss
 from mmgpt.stages.reward import Reward
