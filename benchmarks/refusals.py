@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import mmgpt
 from mmgpt.data.messages import user
+from mmgpt.errors import UserError, run_cli
 from mmgpt.generate import Sampling
 from safety.rules import grade
 
@@ -42,7 +44,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=Path("runs/safety-prompts.jsonl"))
     parser.add_argument("--limit", type=int, default=300, help="prompts, spread over all")
     settings = parser.parse_args()
-    lines = settings.prompts.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = settings.prompts.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"--prompts: {error}; `python -m safety.rules --prompts FILE` writes them") from None
     rows = [row for row in map(json.loads, filter(None, lines)) if row["split"] == "val"]
     pairs = max(1, len(rows) * 2 // (settings.limit * 2))
     rows = [row for place in range(0, len(rows) - 1, 2 * pairs) for row in rows[place : place + 2]]
@@ -50,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

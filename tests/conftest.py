@@ -7,8 +7,8 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# A loaded machine is no reason to fail, nor an example that the change under test has nothing to do with: the same are tried every
-# time. Others, and more of them, by `pytest --hypothesis-profile=search`.
+# A loaded machine is no reason to fail, nor an example that the change under test has nothing to do with: the same are tried
+# every time. Others, and more of them, by `pytest --hypothesis-profile=search`.
 settings.register_profile("search", deadline=None, max_examples=500)
 settings.register_profile("mmgpt", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("mmgpt")
