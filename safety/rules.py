@@ -34,9 +34,11 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,6 +60,7 @@ COEFFICIENTS = DATA / "rules_coefficients.json"
 PAIRS = DATA / "pairs"
 L2 = 0.005
 FOLDS = 5
+LONGEST = 300  # characters of a request to learn from: an answer of a small model has room beside it
 
 
 class RulesError(ValueError):
@@ -304,22 +307,47 @@ def known_prompts(path: Path) -> Callable[[list[dict[str, str]]], bool]:
     return asks_for_harm
 
 
-def write_prompts(path: Path, held_out: int = 5) -> int:
-    """Write the contrast pairs as prompts to learn refusing from, one JSON object a line: `prompt`, `label`, `category`, `split`.
+def write_prompts(path: Path, seed: int = 0) -> int:
+    """Write prompts to learn refusing from, half of them harmful, one JSON object a line: `prompt`, `label`, `category`, `split`.
 
-    Every `held_out`-th pair is `val`, both halves of it. Returns how many prompts there are.
+    They are the contrast pairs, of which every fifth is `val`, both halves of it, the others `train`, and as many composed
+    `requests` as these: a policy that was shown what to say to the pairs (`write_demonstrations`) learns little from them.
+
+    Args:
+        path: The file.
+        seed: Draws the requests.
+
+    Returns:
+        How many prompts there are.
     """
-    rows = list(_contrast(held_out))
+    rows = list(_contrast())
+    shown = [row for row in rows if row["split"] == "train"]
+    rows += _requests([sum(row["label"] == label for row in shown) for label in (0, 1)], seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
 
 
-def _contrast(held_out: int = 5) -> Iterator[dict[str, Any]]:
+def _requests(counts: Sequence[int], seed: int) -> list[dict[str, Any]]:
+    """As many harmless and harmful requests as `counts` says, drawn from all acts, none of them long."""
+    from safety import sources
+
+    composed = sources.requests(per_act=1, seed=seed)
+    random.Random(seed).shuffle(composed)
+    rows = []
+    for label, count in enumerate(counts):
+        fit = (row for row in composed if row.label == label and row.text.isascii() and len(row.text) <= LONGEST)
+        for row in itertools.islice(fit, count):
+            category = (row.categories or ("harmless",))[0]
+            rows.append({"prompt": row.text.strip(), "label": label, "category": category, "split": "requests"})
+    return rows
+
+
+def _contrast() -> Iterator[dict[str, Any]]:
     for file in sorted(PAIRS.glob("*.jsonl")):
         for number, line in enumerate(filter(str.strip, file.read_text(encoding="utf-8").split("\n"))):
             pair = json.loads(line)
-            split = "train" if number % held_out else "val"
+            split = "train" if number % 5 else "val"
             for label, key in ((1, "sensitive"), (0, "harmless")):
                 yield {"prompt": pair[key].strip(), "label": label, "category": pair["category"], "split": split}
 
