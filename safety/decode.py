@@ -15,6 +15,7 @@ import codecs
 import html
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from urllib.parse import unquote_to_bytes
 
 from safety.characters import clean
@@ -224,9 +225,7 @@ _LEET_DIGIT = re.compile(r"[0134578@$!|+]")
 _LEET_SIGN = re.compile(
     r"[A-Za-z][0134578@$!|+]+[A-Za-z]|(?<![A-Za-z0-9@$])[0134578@$]+[A-Za-z]{3}|(?<![A-Za-z0-9@$])[0134578@$][A-Za-z]{2}[0134578@$]"
 )
-_BAR = re.compile(r"(?<=[A-Za-z])\|(?=[A-Za-z])")
-_OTHER_MARK = re.compile(r"(?<=[A-Za-z])[*~^`=#\\](?=[A-Za-z])")
-_LEET_TOKEN, _LEET_PART = re.compile(r"[A-Za-z0-9@$!|+']+"), re.compile(r"[A-Za-z0-9@$!+']+")
+_LEET_TOKEN = re.compile(r"[A-Za-z0-9@$!|+']+")
 _LEET_WORDS = {
     "a", "i", "as", "at", "be", "go", "ie", "if", "is", "it", "its", "so", "to", "too", "see", "set", "sit", "tie", "toe", "eat",
     "tea", "oat", "bias", "best", "test", "state", "base", "basis", "site", "boss", "goes", "bite", "beat", "boat", "gas", "big",
@@ -237,10 +236,8 @@ _LEET_WORDS = {
 def _leet(text: str, raw: str) -> list[Replacement]:
     if not _LEET_DIGIT.search(text) or not _LEET_SIGN.search(text):
         return []
-    # A bar is an l, but a mark like the others where there are more of these inside of words.
-    marks = "|" in text and len(_OTHER_MARK.findall(text)) > len(_BAR.findall(text))
     found = []
-    for match in (_LEET_PART if marks else _LEET_TOKEN).finditer(text):
+    for match in _LEET_TOKEN.finditer(text):
         token = match[0]
         if token.isalpha():
             continue
@@ -255,9 +252,6 @@ def _leet(text: str, raw: str) -> list[Replacement]:
 
 
 # Turned text
-
-CLEAR_ORDER = 2
-"""Signs that words are turned one by one, or that they are not, which leave no doubt: below, both is read."""
 
 # What has no English letters to tell it by: percent signs and hexadecimal digits turned by 13, percent signs reversed.
 _TURNED = re.compile(
@@ -281,16 +275,21 @@ def _rot13(text: str, raw: str) -> list[Replacement]:
 
 
 def _reverse(text: str, raw: str) -> list[Replacement]:
-    spans = _disguised(text, "reversed")
+    spans = _backwards(text)
     if not spans and (("%" in text and _REVERSED.search(text)) or _MORSE.search(_marked(text))):
-        spans = [(0, len(text))]
-    return [(a, b, text[a:b][::-1]) for a, b in spans if direction(text[a:b][::-1]) > -CLEAR_ORDER]
+        return [(0, len(text), text[::-1])]
+    return [(a, b, text[a:b][::-1]) for a, b, way in spans if way >= 0]
 
 
 def _reverse_words(text: str, raw: str) -> list[Replacement]:
     """Each word turned by itself: the words of what `_reverse` gives, in the opposite order."""
-    spans = [(a, b) for a, b in _disguised(text, "reversed") if direction(text[a:b][::-1]) < CLEAR_ORDER]
-    return [(a, b, _TOKEN.sub(lambda word: word[0][::-1], text[a:b])) for a, b in spans]
+    return [(a, b, _TOKEN.sub(lambda word: word[0][::-1], text[a:b])) for a, b, way in _backwards(text) if way <= 0]
+
+
+@lru_cache(maxsize=1)  # both decoders ask about every text
+def _backwards(text: str) -> list[tuple[int, int, int]]:
+    """The stretches of turned letters, and in which order the words stand once all of the stretch is turned (`order`)."""
+    return [(a, b, direction(text[a:b][::-1])) for a, b in _disguised(text, "reversed")]
 
 
 def _disguised(text: str, how: str) -> list[tuple[int, int]]:

@@ -21,20 +21,26 @@ from pathlib import Path
 TABLE = Path(__file__).parent / "data" / "word_order.json"
 EDGE, OTHER = "^", "*"
 WORDS, RATIO, LEAST = 100, 5, 20
+CLEAR = 2
 
 _WORD = re.compile(r"[a-z0-9']+")
 _END = (".", "?", "!", '"')
 
 
 def direction(text: str) -> int:
-    """The signs that the words of a text stand in the order of English, less those that they stand in the opposite one."""
+    """1 where the words of a text stand in the order of English, -1 where they stand in the opposite one, 0 where it is in doubt.
+
+    Without doubt are `CLEAR` signs and none against them: a text may hold stretches of both orders, one to hide the other.
+    """
     words = text.split()
     if not words:
         return 0
     first, last = words[0], words[-1]
-    signs = last.endswith(_END) - first.endswith(_END) + first[0].isupper() - last[0].isupper()
     follow = _follow()
-    return signs + sum((b in follow[a]) - (a in follow[b]) for a, b in pairwise(_known(_words(text), follow)))
+    signs = [last.endswith(_END) - first.endswith(_END), first[0].isupper() - last[0].isupper()]
+    signs += [(b in follow[a]) - (a in follow[b]) for a, b in pairwise(_known(_words(text), follow))]
+    ahead, back = signs.count(1), signs.count(-1)
+    return (ahead >= CLEAR and not back) - (back >= CLEAR and not ahead)
 
 
 def count(texts: Iterable[str]) -> dict[str, list[str]]:
