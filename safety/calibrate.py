@@ -69,19 +69,6 @@ def logistic(logits: np.ndarray, labels: np.ndarray, *, steps: int = 100, ridge:
     return tuple(value.tolist())
 
 
-def together(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> tuple[float, float, float]:
-    """How the calibrated logits of both stages make one, [N] each: weight of the first, weight of the second, bias.
-
-    Words and meaning err on different prompts. Where the first stage adds nothing, its weight is 0: it never speaks against a
-    prompt because it is harmless to it.
-    """
-    one, two, bias = logistic(np.stack([first, second], axis=1), labels)
-    if one > 0 and two > 0:
-        return one, two, bias
-    two, bias = platt(second, labels)
-    return 0.0, two, bias
-
-
 @dataclass(frozen=True)
 class Bounds:
     """What an operating point may block at most, as shares of the development split.

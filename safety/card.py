@@ -96,13 +96,14 @@ def _points(calibration: dict[str, Any]) -> str:
     lines += [
         "",
         f"What both stages have read is scored by {both['linear']:.2f} of stage 1's and {both['transformer']:.2f} of stage 2's "
-        f"calibrated logit, plus {both['bias']:.2f}.",
+        f"calibrated logit, plus {both['bias']:.2f}. Both are measured on what the filter reads of a text, the highest of its "
+        "windows; each stage by itself on whole texts.",
         "",
         f"Expected calibration error on the half of it that was not calibrated on: both {both['dev_ece']:.4f}, stage 2 "
         f"{transformer['dev_ece']:.4f}, stage 1 {linear['dev_ece']:.4f}; AUROC there {both['dev_auroc']:.4f}, "
         f"{transformer['dev_auroc']:.4f} and {linear['dev_auroc']:.4f}. Stage 1 passes a "
-        f"window by itself below {linear['clear_below']:.4f}: {linear['clear_share']:.1%} of the harmless prompts, and "
-        f"{linear['clear_loss']:.2%} of the sensitive ones that both would have blocked at `balanced`.",
+        f"window by itself below {linear['clear_below']:.4f}: all windows of {linear['clear_share']:.1%} of the harmless "
+        f"prompts, and {linear['clear_loss']:.2%} of the sensitive ones that both would have blocked at `balanced`.",
         "",
         "## Test sets",
         "",

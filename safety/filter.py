@@ -419,7 +419,7 @@ class _Scale:
 
 
 class _Together:
-    """The logit of a window that both stages have read, from their calibrated ones; see `calibrate.together`."""
+    """The logit of a window that both stages have read, from their calibrated ones; see `train.fit_calibration`."""
 
     def __init__(self, first: float, second: float, bias: float) -> None:
         self.first, self.second, self.bias = float(first), float(second), float(bias)

@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,18 @@ import numpy as np
 
 from mmgpt.errors import UsageError, UserError, run_cli
 from safety import calibrate, card, sources, weights
-from safety.classifier import Transformer
+from safety.classifier import Linear, Transformer
 from safety.dataset import OUTPUTS, Data, Split, build, targets
 from safety.evaluate import auroc, ece
 from safety.export import export, full_precision
 from safety.filter import CANARIES
 from safety.fitting import EncoderConfig, LinearConfig, train_encoder, train_linear
 from safety.taxonomy import KEYS
+from safety.windows import windows
 
 LIMIT = 30_000_000  # bytes that are shipped
 MAX_SHIFT, MAX_AUROC_LOSS = 0.02, 0.005  # int8 against fp32
+WEIGHTS = tuple(n / 10 for n in range(11))  # of stage 1 beside stage 2 that are tried
 PARITY = 800  # development prompts that both are compared on
 
 
@@ -76,45 +79,84 @@ def parse(arguments: list[str] | None = None) -> Config:
     return config
 
 
-def fit_calibration(split: Split, first: np.ndarray, second: np.ndarray, config: Config) -> dict[str, Any]:
-    """Everything in calibration.json but the hashes.
+@dataclass(frozen=True)
+class Peaks:
+    """What the filter would judge each text by: the window that both stages together find the most sensitive.
 
     Args:
-        first, second: Logits of both stages on the development split, [N, 1 + K].
+        first, second: Calibrated logits of the stages on that window, [N].
+        loudest: The highest calibrated logit of stage 1 on any window of the text, [N].
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    loudest: np.ndarray
+
+
+def peaks(sizes: Sequence[int], first: np.ndarray, second: np.ndarray, weight: float) -> Peaks:
+    """The peaks of texts.
+
+    Args:
+        sizes: Number of windows of each text, [N], at least one.
+        first, second: Calibrated logits of the stages on all windows, one text's after the other's, [M].
+        weight: Of the first stage; the second counts one.
+    """
+    ends = np.cumsum(sizes)
+    starts = ends - np.asarray(sizes)
+    both = weight * first + second
+    best = np.array([start + int(np.argmax(both[start:end])) for start, end in zip(starts, ends)])
+    return Peaks(first[best], second[best], np.maximum.reduceat(first, starts))
+
+
+def fit_calibration(split: Split, linear: Linear, transformer: Transformer, config: Config) -> dict[str, Any]:
+    """Everything in calibration.json but the hashes.
+
+    The stages are calibrated on whole texts, what both say together on what the filter reads: the highest of a text's
+    windows, which is higher than the whole. The operating points hold for that.
     """
     label, mask = targets(split.dev)
     half = np.array([sources.held_out(row, 0.5, config.seed + 1) for row in split.dev])
     result: dict[str, Any] = {"version": 2, "categories": list(KEYS)}
-    scaled, probabilities, unseen = {}, {}, ~half
+    unseen = ~half
+    texts = [row.text for row in split.dev]
 
     def unseen_figures(p: np.ndarray) -> dict[str, float]:
         return {"dev_auroc": round(auroc(label[unseen, 0], p[unseen]), 4), "dev_ece": round(ece(label[unseen, 0], p[unseen]), 4)}
 
-    for name, logits in (("linear", first), ("transformer", second)):
+    for name, stage in (("linear", linear), ("transformer", transformer)):
+        logits = stage.logits(texts)
         ab = [calibrate.platt(logits[half, 0], label[half, 0])]
         for column in range(1, OUTPUTS):
             known = half & (mask[:, column] == 1)
             enough = label[known, column].sum() >= 5
             ab.append(calibrate.platt(logits[known, column], label[known, column]) if enough else ab[0])
         result[name] = {"a": [round(a, 6) for a, _ in ab], "b": [round(b, 6) for _, b in ab]}
-        scaled[name] = logits[:, 0] * result[name]["a"][0] + result[name]["b"][0]
-        probabilities[name] = calibrate.sigmoid(scaled[name])
-        result[name] |= unseen_figures(probabilities[name])
-    fitted = calibrate.together(scaled["linear"][half], scaled["transformer"][half], label[half, 0])
-    one, two, bias = (round(value, 6) for value in fitted)
+        result[name] |= unseen_figures(calibrate.sigmoid(logits[:, 0] * result[name]["a"][0] + result[name]["b"][0]))
+
+    parts = [[text[part.start : part.end].strip() for part in windows(text)] for text in texts]
+    flat, sizes = [part for inside in parts for part in inside], [len(inside) for inside in parts]
+    first, second = (
+        stage.logits(flat)[:, 0] * result[name]["a"][0] + result[name]["b"][0]
+        for name, stage in (("linear", linear), ("transformer", transformer))
+    )
+    # By rank, not by likelihood: that overrates stage 1, which knows much of a development split's words from training.
+    found = [(weight, peaks(sizes, first, second, weight)) for weight in WEIGHTS]
+    weight, peak = max(found, key=lambda pair: auroc(label[half, 0], (pair[0] * pair[1].first + pair[1].second)[half]))
+    slope, bias = calibrate.platt((weight * peak.first + peak.second)[half], label[half, 0])
+    one, two, bias = (round(value, 6) for value in (slope * weight, slope, bias))
     result["together"] = {"linear": one, "transformer": two, "bias": bias}
-    p = calibrate.sigmoid(one * scaled["linear"] + two * scaled["transformer"] + bias)
+    p = calibrate.sigmoid(one * peak.first + two * peak.second + bias)
     result["together"] |= unseen_figures(p)
     harmful = label[:, 0] == 1
-    lookalike = ~harmful & np.array([row.source in ("pairs", "requests") for row in split.dev])
+    lookalike = ~harmful & np.array([row.source in sources.LOOKALIKES for row in split.dev])
     points = calibrate.operating_points(p[harmful], p[~harmful & ~lookalike], p[lookalike], config.points)
     result["thresholds"] = {name: point.to_json() for name, point in points.items()}
-    bound = calibrate.clear_below(probabilities["linear"][harmful], p[harmful], points["strict"].threshold, config.clear_loss)
-    passed = probabilities["linear"] < bound
+    quiet, loudest = calibrate.sigmoid(peak.first), calibrate.sigmoid(peak.loudest)
+    bound = calibrate.clear_below(quiet[harmful], p[harmful], points["strict"].threshold, config.clear_loss)
     result["linear"] |= {
         "clear_below": round(bound, 6),
-        "clear_share": round(float(passed[~harmful].mean()), 4),
-        "clear_loss": round(float((passed & harmful & (p >= points["balanced"].threshold)).sum() / harmful.sum()), 4),
+        "clear_share": round(float((loudest < bound)[~harmful].mean()), 4),
+        "clear_loss": round(float(((quiet < bound) & harmful & (p >= points["balanced"].threshold)).sum() / harmful.sum()), 4),
     }
     result["transformer"] |= {"length": config.encoder.length, "overlap": config.encoder.length // 4}
     result["development"] = {
@@ -160,8 +202,7 @@ def execute(config: Config) -> Path:
 
     linear = train_linear(split.train, config.linear, config.seed)
     linear.save(target / "linear.npz")
-    first = linear.logits(texts)
-    say(f"linear: development AUROC {auroc(label, first[:, 0]):.4f}")
+    say(f"linear: development AUROC {auroc(label, linear.logits(texts)[:, 0]):.4f}")
 
     encoder, spec = train_encoder(split.train, config.encoder, config.seed, Path(config.run_dir))
     (target / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
@@ -175,7 +216,7 @@ def execute(config: Config) -> Path:
     parity = check_parity(label[chosen], full, second[chosen])
     say(f"int8 against fp32 {json.dumps(parity)}")
 
-    calibration = fit_calibration(split, first, second, config) | {"parity": parity, "data": split.counts}
+    calibration = fit_calibration(split, linear, transformer, config) | {"parity": parity, "data": split.counts}
     (target / weights.CALIBRATION).write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
     weights.seal(target)
     size = sum((target / name).stat().st_size for name in (*weights.FILES, weights.CALIBRATION))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safety.calibrate import POINTS, Bounds, OperatingPoint, above, clear_below, operating_points, platt, sigmoid, together
+from safety.calibrate import POINTS, Bounds, OperatingPoint, above, clear_below, logistic, operating_points, platt, sigmoid
 
 SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=50)
 
@@ -44,19 +44,11 @@ def test_platt_refuses(logits: list[float], labels: list[int], message: str) -> 
         platt(np.array(logits), np.array(labels))
 
 
-def test_two_stages_together_recover_the_weights_that_made_the_labels() -> None:
+def test_logistic_regression_recovers_the_weights_that_made_the_labels() -> None:
     rng = np.random.default_rng(1)
     first, second = rng.normal(0, 2, 40_000), rng.normal(0, 3, 40_000)
     label = rng.random(len(first)) < sigmoid(0.4 * first + 0.8 * second - 0.5)
-    assert together(first, second, label) == pytest.approx((0.4, 0.8, -0.5), abs=0.06)
-
-
-def test_a_stage_that_errs_against_the_labels_has_no_say() -> None:
-    rng = np.random.default_rng(2)
-    second = rng.normal(0, 3, 4000)
-    label = rng.random(len(second)) < sigmoid(0.8 * second)
-    one, two, bias = together(-second + rng.normal(0, 9, 4000) - 3 * label, second, label)
-    assert one == 0 and (two, bias) == platt(second, label)
+    assert logistic(np.stack([first, second], axis=1), label) == pytest.approx((0.4, 0.8, -0.5), abs=0.06)
 
 
 @given(SCORES, st.floats(0, 1))

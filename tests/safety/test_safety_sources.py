@@ -71,6 +71,17 @@ def test_pairs_are_two_rows_of_one_group() -> None:
     assert {row.categories[0] for row in rows if row.categories} == set(KEYS)
 
 
+def test_unseen_prompts_are_whole_of_all_categories_and_in_no_training_data() -> None:
+    folder = sources.HERE / "data" / "unseen"
+    rows = [row for name in ("requests", "everyday") for row in read_jsonl(folder / f"{name}.jsonl")]
+    names = [sources.key(row.text) for row in rows]
+    assert len(rows) > 16_000 and len(set(names)) == len(names)
+    assert {key for row in rows for key in row.categories or ()} == set(KEYS)
+    assert not [row.text for row in rows if row.label and not row.categories]
+    known = sources.pairs() + requests(per_act=1)
+    assert not set(names) & {sources.key(text) for row in known for text in (row.text, row.group)}
+
+
 def test_requests_fill_every_gap_and_keep_acts_together() -> None:
     rows = requests(per_act=2)
     assert not [row.text for row in rows if "{" in row.text and "}" in row.text and "act" in row.text.split("{")[1][:4]]

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from mmgpt.errors import UsageError, UserError
-from safety import dataset, fitting, sources, train
+from safety import calibrate, dataset, fitting, sources, train
 from safety.calibrate import Bounds
 from safety.classifier import Linear, Transformer
 from safety.sources import Row
@@ -216,6 +218,56 @@ def test_long_harmless_texts_are_read_in_windows_and_sensitive_ones_in_blocks() 
     assert [row.text for row in made if row.text == "short"] == ["short"]
     assert all(row.text in text for row in made[:-1]) and len([row for row in made if row.label == 0]) >= 2
     assert all(len(row.text) > 160 for row in made[:-1] if row.label == 1)
+
+
+def test_peaks_are_the_windows_with_the_highest_sum() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 6, 50).tolist()
+    first, second = rng.normal(size=(2, sum(sizes)))
+    found = train.peaks(sizes, first, second, 0.3)
+    at = 0
+    for n, size in enumerate(sizes):
+        inside = max(zip(first[at : at + size], second[at : at + size]), key=lambda pair: 0.3 * pair[0] + pair[1])
+        assert (found.first[n], found.second[n], found.loudest[n]) == (*inside, max(first[at : at + size]))
+        at += size
+
+
+class Spoken:
+    """A stage that gives each text the logit that a function gives it."""
+
+    def __init__(self, say: Callable[[str], float]) -> None:
+        self.say = say
+
+    def logits(self, texts: Sequence[str]) -> np.ndarray:
+        return np.array([[self.say(text)] * (1 + len(KEYS)) for text in texts], np.float32)
+
+
+def test_stages_are_weighted_and_thresholds_fixed_by_what_the_filter_reads(tmp_path: Path) -> None:
+    """Texts of two sentences, of which stage 2 finds the second suspicious by itself: the filter judges by that one."""
+    rng = random.Random(0)
+    made = [
+        Row(f"Here is a sentence about gardens and {n}. Then comes one of {'war' if n % 2 else 'tea'} {n} as it is told.", n % 2)
+        for n in range(600)
+    ]
+    noise = {row.text: rng.gauss(0, 1.5) for row in made}
+    of = {word: text for text in noise for word in re.findall(r"\d+", text)}
+
+    def second(text: str) -> float:
+        value = noise[of[re.findall(r"\d+", text)[0]]] + (2 if "war" in text else -2)
+        return value + 3 * (text.startswith("Then"))
+
+    split = dataset.Split([], made, {})
+    found = train.fit_calibration(split, Spoken(lambda text: 0.1 * ("war" in text)), Spoken(second), config(tmp_path))  # type: ignore[arg-type]
+    assert 0 < found["together"]["linear"] <= found["together"]["transformer"]  # what tells the classes apart is heard
+    label = np.array([row.label for row in made])
+    a, b, both = found["transformer"]["a"][0], found["transformer"]["b"][0], found["together"]
+    first = np.array([found["linear"]["a"][0] * 0.1 * row.label + found["linear"]["b"][0] for row in made])
+    read = np.array([a * second(row.text.split(". ")[1]) + b for row in made])
+    p = calibrate.sigmoid(both["linear"] * first + both["transformer"] * read + both["bias"])
+    for point in found["thresholds"].values():
+        assert point["recall"] == pytest.approx((p[label == 1] >= point["threshold"]).mean(), abs=0.02)
+        assert point["fpr"] == pytest.approx((p[label == 0] >= point["threshold"]).mean(), abs=0.02)
+    assert abs(p.mean() - label.mean()) < 0.03  # calibrated as it is read, though every window's own reading is higher
 
 
 def test_parity_is_enforced() -> None:
