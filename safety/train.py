@@ -113,6 +113,9 @@ def fit_calibration(split: Split, linear: Linear, transformer: Transformer, conf
 
     The stages are calibrated on whole texts, what both say together on what the filter reads: the highest of a text's
     windows, which is higher than the whole. The operating points hold for that.
+
+    Raises:
+        UserError: the stages rank the development split backwards.
     """
     label, mask = targets(split.dev)
     half = np.array([sources.held_out(row, 0.5, config.seed + 1) for row in split.dev])
@@ -143,6 +146,8 @@ def fit_calibration(split: Split, linear: Linear, transformer: Transformer, conf
     found = [(weight, peaks(sizes, first, second, weight)) for weight in WEIGHTS]
     weight, peak = max(found, key=lambda pair: auroc(label[half, 0], (pair[0] * pair[1].first + pair[1].second)[half]))
     slope, bias = calibrate.platt((weight * peak.first + peak.second)[half], label[half, 0])
+    if slope <= 0:
+        raise UserError("the stages find harmless development prompts more sensitive than sensitive ones: look at the labels")
     one, two, bias = (round(value, 6) for value in (slope * weight, slope, bias))
     result["together"] = {"linear": one, "transformer": two, "bias": bias}
     p = calibrate.sigmoid(one * peak.first + two * peak.second + bias)

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -256,8 +257,15 @@ def test_stages_are_weighted_and_thresholds_fixed_by_what_the_filter_reads(tmp_p
         value = noise[of[re.findall(r"\d+", text)[0]]] + (2 if "war" in text else -2)
         return value + 3 * (text.startswith("Then"))
 
-    split = dataset.Split([], made, {})
-    found = train.fit_calibration(split, Spoken(lambda text: 0.1 * ("war" in text)), Spoken(second), config(tmp_path))  # type: ignore[arg-type]
+    split, settings = dataset.Split([], made, {}), config(tmp_path)
+
+    def fit(first: Callable[[str], float], second: Callable[[str], float]) -> dict[str, Any]:
+        return train.fit_calibration(split, Spoken(first), Spoken(second), settings)  # type: ignore[arg-type]
+
+    found = fit(lambda text: 0.1 * ("war" in text), second)
+    with pytest.raises(UserError, match="look at the labels"):
+        # Right on whole texts, wrong on the sentences that the filter would judge by.
+        fit(lambda text: 0.0, lambda text: 9 - 2 * second(text) if text.startswith("Then") else second(text))
     assert 0 < found["together"]["linear"] <= found["together"]["transformer"]  # what tells the classes apart is heard
     label = np.array([row.label for row in made])
     a, b, both = found["transformer"]["a"][0], found["transformer"]["b"][0], found["together"]
