@@ -101,7 +101,7 @@ def as_read(rows: list[Row], rng: random.Random, most: int = 1) -> list[Row]:
             continue
         first = max(parts, key=lambda part: (part.start == 0, part.end))
         chosen = {first, *rng.sample(parts, min(most if row.label == 0 else 1, len(parts)))}
-        out += [dataclasses.replace(row, text=row.text[part.start : part.end].strip()) for part in sorted(chosen)]
+        out += [dataclasses.replace(row, text=part.read(row.text)) for part in sorted(chosen)]
     return out
 
 

@@ -330,7 +330,7 @@ class _Case:
         for view in found:
             with _failing(self, "failed_windows"):
                 for part in windows(view.text):
-                    yield _Read(self, view, part, view.text[part.start : part.end].strip())
+                    yield _Read(self, view, part, part.read(view.text))
 
     def suspect(self, value: float, read_: _Read) -> None:
         """Remember a window for stage 2 if it is among the most suspicious; of equal ones the first, of equal texts one.

@@ -197,7 +197,7 @@ def hidden(judge: Filter, pair: Pair, old: Verdict, new: Verdict) -> str:
 def padded(judge: Filter, pair: Pair, old: Verdict, new: Verdict) -> str:
     """Why a padded prompt scores lower."""
     fired = _fired(pair.before, old)
-    inside = any(view.text[a:b].strip() == fired for view in views(pair.after) for a, b in windows(view.text))
+    inside = any(part.read(view.text) == fired for view in views(pair.after) for part in windows(view.text))
     return "window" if not inside else _stopped(judge, old, new) or "not read"
 
 
@@ -205,9 +205,9 @@ def _fired(text: str, verdict: Verdict) -> str:
     """The window of the text that decided, or the whole canonical form where nothing fired."""
     found = [view for view in views(text) if view.name == verdict.view]
     for view in found:
-        for start, end in windows(view.text):
-            if verdict.span and view.origin(start, end) == verdict.span:
-                return view.text[start:end].strip()
+        for part in windows(view.text):
+            if verdict.span and view.origin(*part) == verdict.span:
+                return part.read(view.text)
     return normalize(text)
 
 

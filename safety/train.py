@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,17 @@ def peaks(sizes: Sequence[int], first: np.ndarray, second: np.ndarray, weight: f
     return Peaks(first[best], second[best], np.maximum.reduceat(first, starts))
 
 
-def fit_calibration(split: Split, linear: Linear, transformer: Transformer, config: Config) -> dict[str, Any]:
+def fit_calibration(
+    split: Split, stages: Mapping[str, Linear | Transformer], whole: Mapping[str, np.ndarray], config: Config
+) -> dict[str, Any]:
     """Everything in calibration.json but the hashes.
 
     The stages are calibrated on whole texts, what both say together on what the filter reads: the highest of a text's
     windows, which is higher than the whole. The operating points hold for that.
+
+    Args:
+        stages: `linear` and `transformer`.
+        whole: Their logits on the whole texts of the development split, [N, 1 + K].
 
     Raises:
         UserError: the stages rank the development split backwards.
@@ -121,27 +127,25 @@ def fit_calibration(split: Split, linear: Linear, transformer: Transformer, conf
     half = np.array([sources.held_out(row, 0.5, config.seed + 1) for row in split.dev])
     result: dict[str, Any] = {"version": 2, "categories": list(KEYS)}
     unseen = ~half
-    texts = [row.text for row in split.dev]
 
     def unseen_figures(p: np.ndarray) -> dict[str, float]:
         return {"dev_auroc": round(auroc(label[unseen, 0], p[unseen]), 4), "dev_ece": round(ece(label[unseen, 0], p[unseen]), 4)}
 
-    for name, stage in (("linear", linear), ("transformer", transformer)):
-        logits = stage.logits(texts)
+    def scaled(name: str, logits: np.ndarray) -> np.ndarray:
+        return logits[:, 0] * result[name]["a"][0] + result[name]["b"][0]
+
+    for name, logits in whole.items():
         ab = [calibrate.platt(logits[half, 0], label[half, 0])]
         for column in range(1, OUTPUTS):
             known = half & (mask[:, column] == 1)
             enough = label[known, column].sum() >= 5
             ab.append(calibrate.platt(logits[known, column], label[known, column]) if enough else ab[0])
         result[name] = {"a": [round(a, 6) for a, _ in ab], "b": [round(b, 6) for _, b in ab]}
-        result[name] |= unseen_figures(calibrate.sigmoid(logits[:, 0] * result[name]["a"][0] + result[name]["b"][0]))
+        result[name] |= unseen_figures(calibrate.sigmoid(scaled(name, logits)))
 
-    parts = [[text[part.start : part.end].strip() for part in windows(text)] for text in texts]
+    parts = [[part.read(row.text) for part in windows(row.text)] for row in split.dev]
     flat, sizes = [part for inside in parts for part in inside], [len(inside) for inside in parts]
-    first, second = (
-        stage.logits(flat)[:, 0] * result[name]["a"][0] + result[name]["b"][0]
-        for name, stage in (("linear", linear), ("transformer", transformer))
-    )
+    first, second = (scaled(name, stages[name].logits(flat)) for name in ("linear", "transformer"))
     # By rank, not by likelihood: that overrates stage 1, which knows much of a development split's words from training.
     found = [(weight, peaks(sizes, first, second, weight)) for weight in WEIGHTS]
     weight, peak = max(found, key=lambda pair: auroc(label[half, 0], (pair[0] * pair[1].first + pair[1].second)[half]))
@@ -207,21 +211,23 @@ def execute(config: Config) -> Path:
 
     linear = train_linear(split.train, config.linear, config.seed)
     linear.save(target / "linear.npz")
-    say(f"linear: development AUROC {auroc(label, linear.logits(texts)[:, 0]):.4f}")
+    whole = {"linear": linear.logits(texts)}
+    say(f"linear: development AUROC {auroc(label, whole['linear'][:, 0]):.4f}")
 
     encoder, spec = train_encoder(split.train, config.encoder, config.seed, Path(config.run_dir))
     (target / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
     export(encoder, target / "encoder.int8.onnx")
     length = config.encoder.length
     transformer = Transformer(target / "encoder.int8.onnx", target / "tokenizer.json", length=length, overlap=length // 4)
-    second = transformer.logits(texts)
-    say(f"encoder: development AUROC {auroc(label, second[:, 0]):.4f}")
+    whole["transformer"] = transformer.logits(texts)
+    say(f"encoder: development AUROC {auroc(label, whole['transformer'][:, 0]):.4f}")
     chosen = sorted(random.Random(config.seed).sample(range(len(texts)), min(PARITY, len(texts))))
     full = full_precision(encoder, transformer, [texts[n] for n in chosen])
-    parity = check_parity(label[chosen], full, second[chosen])
+    parity = check_parity(label[chosen], full, whole["transformer"][chosen])
     say(f"int8 against fp32 {json.dumps(parity)}")
 
-    calibration = fit_calibration(split, linear, transformer, config) | {"parity": parity, "data": split.counts}
+    stages: dict[str, Linear | Transformer] = {"linear": linear, "transformer": transformer}
+    calibration = fit_calibration(split, stages, whole, config) | {"parity": parity, "data": split.counts}
     (target / weights.CALIBRATION).write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
     weights.seal(target)
     size = sum((target / name).stat().st_size for name in (*weights.FILES, weights.CALIBRATION))

@@ -29,6 +29,10 @@ class Window(NamedTuple):
     start: int
     end: int
 
+    def read(self, text: str) -> str:
+        """What the stages read of `text`, whose window this is."""
+        return text[self.start : self.end].strip()
+
 
 # A sentence's end, or a line's. Sentences of other scripts end with their own marks.
 _END = re.compile(r"(?<![.!?;:])[.!?;:]++[\"')\]]*+\s|[\u3002\uff01\uff1f\u0964\u061f]|\n")

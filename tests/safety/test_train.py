@@ -260,7 +260,8 @@ def test_stages_are_weighted_and_thresholds_fixed_by_what_the_filter_reads(tmp_p
     split, settings = dataset.Split([], made, {}), config(tmp_path)
 
     def fit(first: Callable[[str], float], second: Callable[[str], float]) -> dict[str, Any]:
-        return train.fit_calibration(split, Spoken(first), Spoken(second), settings)  # type: ignore[arg-type]
+        stages: Any = {"linear": Spoken(first), "transformer": Spoken(second)}
+        return train.fit_calibration(split, stages, {name: stage.logits(list(noise)) for name, stage in stages.items()}, settings)
 
     found = fit(lambda text: 0.1 * ("war" in text), second)
     with pytest.raises(UserError, match="look at the labels"):
