@@ -1,6 +1,6 @@
 """How often models refuse: harmful prompts in the desired style, and their harmless look-alikes, which they should answer.
 
-    python -m safety.rules --prompts runs/safety-prompts.jsonl
+    python -m safety.demonstrations --prompts runs/safety-prompts.jsonl
     python benchmarks/refusals.py runs/rlhf-safety-first runs/rlhf-safety [--prompts runs/safety-prompts.jsonl] [--limit 300]
 
 The prompts are those with the split `val`, which training does not see; answers are greedy, graded by `safety/rules.py`, which is
@@ -47,7 +47,7 @@ def main() -> None:
     try:
         lines = settings.prompts.read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise UserError(f"--prompts: {error}; `python -m safety.rules --prompts FILE` writes them") from None
+        raise UserError(f"--prompts: {error}; `python -m safety.demonstrations --prompts FILE` writes them") from None
     rows = [row for row in map(json.loads, filter(None, lines)) if row["split"] == "val"]
     pairs = max(1, len(rows) * 2 // (settings.limit * 2))
     rows = [row for place in range(0, len(rows) - 1, 2 * pairs) for row in rows[place : place + 2]]

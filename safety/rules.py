@@ -17,8 +17,6 @@ whoever wants another style edits a proposition or adds examples, and fits again
     python -m safety.rules                  cross-validated accuracy, confusion, baselines (--errors lists what it misjudges)
     python -m safety.rules --fit            fit, and write data/rules_coefficients.json
     python -m safety.rules --test FILE...   the same figures on other examples
-    python -m safety.rules --prompts FILE   write prompts, half of them asking for harm, for a policy to learn from
-    python -m safety.rules --demonstrations FILE [--answers FILE]   write refusals in style and plain answers, to begin with
 
 Examples are JSONL with prompt, answer, grade ("AB" in a file to test on: either is right) and category, a key of the taxonomy
 or "harmless". Exit codes: 0 done, 1 a file is broken, 2 wrong usage.
@@ -34,14 +32,12 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
-import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,10 +53,8 @@ GRADES = "ABCD"
 DATA = Path(__file__).parent / "data"
 EXAMPLES = DATA / "rules.jsonl"
 COEFFICIENTS = DATA / "rules_coefficients.json"
-PAIRS = DATA / "pairs"
 L2 = 0.005
 FOLDS = 5
-LONGEST = 300  # characters of a request to learn from: an answer of a small model has room beside it
 
 
 class RulesError(ValueError):
@@ -285,7 +279,7 @@ def known_prompts(path: Path) -> Callable[[list[dict[str, str]]], bool]:
     """What a file of prompts says of a conversation: whether its last prompt asks for harm.
 
     Args:
-        path: JSONL with `prompt` and `label` (1 asks for harm), as `--prompts` writes it.
+        path: JSONL with `prompt` and `label` (1 asks for harm), as `safety.demonstrations` writes it.
 
     Raises:
         RulesError: the file cannot be read, or (when it is asked) does not hold a prompt.
@@ -296,7 +290,8 @@ def known_prompts(path: Path) -> Callable[[list[dict[str, str]]], bool]:
             row = json.loads(line)
             labels[row["prompt"]] = bool(row["label"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RulesError(f"{path} is no file of prompts with labels ({error!r}); --prompts writes one") from None
+        advice = "python -m safety.demonstrations --prompts writes one"
+        raise RulesError(f"{path} is no file of prompts with labels ({error!r}); {advice}") from None
 
     def asks_for_harm(messages: list[dict[str, str]]) -> bool:
         prompt = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
@@ -305,106 +300,6 @@ def known_prompts(path: Path) -> Callable[[list[dict[str, str]]], bool]:
         return labels[prompt]
 
     return asks_for_harm
-
-
-def write_prompts(path: Path, seed: int = 0) -> int:
-    """Write prompts to learn refusing from, half of them harmful, one JSON object a line: `prompt`, `label`, `category`, `split`.
-
-    They are the contrast pairs, of which every fifth is `val`, both halves of it, the others `train`, and as many composed
-    `requests` as these: a policy that was shown what to say to the pairs (`write_demonstrations`) learns little from them.
-
-    Args:
-        path: The file.
-        seed: Draws the requests.
-
-    Returns:
-        How many prompts there are.
-    """
-    rows = list(_contrast())
-    shown = [row for row in rows if row["split"] == "train"]
-    rows += _requests([sum(row["label"] == label for row in shown) for label in (0, 1)], seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return len(rows)
-
-
-def _requests(counts: Sequence[int], seed: int) -> list[dict[str, Any]]:
-    """As many harmless and harmful requests as `counts` says, drawn from all acts, none of them long."""
-    from safety import sources
-
-    composed = sources.requests(per_act=1, seed=seed)
-    random.Random(seed).shuffle(composed)
-    rows = []
-    for label, count in enumerate(counts):
-        fit = (row for row in composed if row.label == label and row.text.isascii() and len(row.text) <= LONGEST)
-        for row in itertools.islice(fit, count):
-            category = (row.categories or ("harmless",))[0]
-            rows.append({"prompt": row.text.strip(), "label": label, "category": category, "split": "requests"})
-    return rows
-
-
-def _contrast() -> Iterator[dict[str, Any]]:
-    for file in sorted(PAIRS.glob("*.jsonl")):
-        for number, line in enumerate(filter(str.strip, file.read_text(encoding="utf-8").split("\n"))):
-            pair = json.loads(line)
-            split = "train" if number % 5 else "val"
-            for label, key in ((1, "sensitive"), (0, "harmless")):
-                yield {"prompt": pair[key].strip(), "label": label, "category": pair["category"], "split": split}
-
-
-def write_demonstrations(path: Path, answers: Path | None = None) -> int:
-    """Write conversations to learn from: refusals of harmful prompts in the desired style, and answers to harmless ones.
-
-    They are the examples that are as they should be. With `answers`, also one for every prompt of the contrast pairs that is not
-    held out: what a model answered to the harmless half, as far as it is a safe answer, up to its last whole sentence; and
-    refusals of the other half. A model that is shown refusals alone refuses what only looks harmful, too.
-
-    Args:
-        path: The file, JSONL with `messages`.
-        answers: Answers of a model to the prompts of `--prompts`, as `python -m mmgpt.answer` writes them.
-
-    Returns:
-        How many there are.
-
-    Raises:
-        RulesError: a file cannot be read.
-    """
-    good = [e for e in read_examples(EXAMPLES) if e.grade == ("D" if e.category == "harmless" else "A")]
-    pairs = [(example.prompt, example.answer) for example in good]
-    if answers is not None:
-        said = _answered(answers)
-        # What fits any prompt: it names nothing of its own.
-        refusals = sorted({e.answer for e in good if e.grade == "A" and len(e.answer) < 60 and _fits_any(e.answer)})
-        for number, row in enumerate(row for row in _contrast() if row["split"] == "train"):
-            prompt, harmful = row["prompt"], row["label"] == 1
-            answer = refusals[number % len(refusals)] if harmful else _whole_sentences(said.get(prompt, ""))
-            if answer and (harmful or grade(prompt, answer, 0.0).letter == "D"):
-                pairs.append((prompt, answer))
-    rows = [
-        {"messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]} for pair in pairs
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return len(rows)
-
-
-def _answered(path: Path) -> dict[str, str]:
-    """Answers by their prompts. Raises RulesError where the file is not what `python -m mmgpt.answer` writes."""
-    try:
-        rows = [json.loads(line)["messages"] for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n"))]
-        return {as_text(asked["content"]).strip(): as_text(answer["content"]) for asked, answer in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RulesError(f"{path} holds no answers ({error!r}); python -m mmgpt.answer writes them") from None
-
-
-def _fits_any(refusal: str) -> bool:
-    return re.search(r"(with|about|to do) (that|this)\b|this request|that request|that one", refusal) is not None
-
-
-def _whole_sentences(text: str) -> str:
-    """A text up to the end of its last sentence; nothing where none ends."""
-    found = re.match(r".*[.!?](?=\s|$)", text.strip(), re.DOTALL)
-    return found[0] if found else ""
 
 
 # Examples, measurement
@@ -558,9 +453,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--fit", action="store_true", help="fit on the examples and write the coefficients")
     what.add_argument("--test", nargs="+", type=Path, metavar="FILE", help="accuracy of the shipped grader on other examples")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help="write the contrast pairs as prompts for `RuleReward`")
-    what.add_argument("--demonstrations", type=Path, metavar="FILE", help="write refusals in style and answers to learn from")
-    parser.add_argument("--answers", type=Path, metavar="FILE", help="with --demonstrations: a model's answers to the prompts")
     parser.add_argument("--examples", type=Path, default=EXAMPLES, metavar="FILE", help="JSONL to fit or measure on")
     parser.add_argument("--output", type=Path, default=COEFFICIENTS, metavar="FILE", help="where --fit writes")
     parser.add_argument("--errors", action="store_true", help="list what is misjudged")
@@ -570,10 +462,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             examples = read_examples(args.examples)
             save_coefficients(fit(examples), args.output, args.examples)
             print(f"{args.output}: {len(NAMES)} propositions fitted on {len(examples)} examples")
-        elif args.prompts:
-            print(f"{args.prompts}: {write_prompts(args.prompts)} prompts")
-        elif args.demonstrations:
-            print(f"{args.demonstrations}: {write_demonstrations(args.demonstrations, args.answers)} conversations")
         elif args.test:
             print("\n\n".join(measure_on(path, args.errors) for path in args.test))
         else:
