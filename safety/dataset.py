@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,58 +50,84 @@ class Data:
 
 @dataclass
 class Split:
-    """Rows to learn from and rows to calibrate on, both normalised, and what was left out on the way."""
+    """Rows to learn from and rows to calibrate on, all of them normalised, and what was left out on the way.
 
-    train: list[Row]
+    Args:
+        draws: The rows of every run of stage 2: the same prompts, acts in framings drawn anew (what is a request by itself also
+            as it stands), with other disguised copies and other windows.
+    """
+
+    draws: list[list[Row]]
     dev: list[Row]
     counts: dict[str, Any]
 
 
-def build(data: Data, seed: int) -> Split:
-    """Rows of a configuration, without duplicates and without what stands in the tests."""
-    rows: list[Row] = []
-    rows += [dataclasses.replace(row, weight=data.pair_weight) for row in sources.pairs(Path(data.pairs) if data.pairs else None)]
-    rows += sources.requests(Path(data.requests) if data.requests else None, per_act=data.per_act, seed=seed)
-    for path in data.own:
-        rows += sources.read_jsonl(Path(path))
+def build(data: Data, seed: int, draws: int = 1) -> Split:
+    """Rows of a configuration, without duplicates and without what stands in the tests.
+
+    A group is held out of all draws or of none. The counts are those of the first draw.
+    """
+    pairs = [dataclasses.replace(row, weight=data.pair_weight) for row in sources.pairs(Path(data.pairs) if data.pairs else None)]
+    named = [row for path in data.own for row in sources.read_jsonl(Path(path))]
     for entry in data.collections:
         taken = sources.take(sources.named(entry.name), entry.cap, entry.per_source, seed)
-        rows += [dataclasses.replace(row, weight=entry.weight) for row in taken]
-    tests = [row for name in data.tests for row in sources.named(name)]
-    counts: dict[str, Any] = {"rows": len(rows)}
-    unique = sources.deduplicate(canonical(rows))
-    counts["duplicates"] = len(rows) - len(unique)
-    hit = sources.overlaps(unique, canonical(tests))
-    counts["overlaps"] = dict(Counter(row.source for row, found in zip(unique, hit) if found))
-    unique = [row for row, found in zip(unique, hit) if not found]
-    dev = [row for row in unique if sources.held_out(row, data.holdout, seed)]
-    train = [row for row in unique if not sources.held_out(row, data.holdout, seed)]
-    train += canonical(sources.augment(train, int(data.augment * len(train)), seed))
-    train = as_read(train, random.Random(seed))
-    for name, part in (("train", train), ("dev", dev)):
+        named += [dataclasses.replace(row, weight=entry.weight) for row in taken]
+    tests = canonical([row for name in data.tests for row in sources.named(name)])
+    pairs, named = canonical(pairs), canonical(named)
+    overlaps: dict[str, bool] = {}
+
+    def without_tests(rows: list[Row]) -> list[Row]:
+        new = [row for row in rows if row.text not in overlaps]
+        overlaps.update(zip((row.text for row in new), sources.overlaps(new, tests)))
+        return [row for row in rows if not overlaps[row.text]]
+
+    found: list[list[Row]] = []
+    for draw in range(draws):
+        number = seed * draws + draw  # no draw of one seed is a draw of the next
+        composed = sources.requests(Path(data.requests) if data.requests else None, per_act=data.per_act, seed=number)
+        rows = pairs + canonical(composed) + named
+        unique = sources.deduplicate(rows)
+        kept = without_tests(unique)
+        if draw == 0:
+            counts: dict[str, Any] = {
+                "rows": len(rows),
+                "duplicates": len(rows) - len(unique),
+                "overlaps": dict(Counter(row.source for row in unique if overlaps[row.text])),
+            }
+            dev = [row for row in kept if sources.held_out(row, data.holdout, seed)]
+            held = {sources.key(row.text) for row in dev}
+        train = [row for row in kept if not sources.held_out(row, data.holdout, seed)]
+        train += canonical(sources.augment(train, int(data.augment * len(train)), number))
+        # Another group's framing, or a window, may be word for word what is held out.
+        found.append([row for row in as_read(train, random.Random(number)) if sources.key(row.text) not in held])
+    for name, part in (("train", found[0]), ("dev", dev)):
         counts[name] = {"sensitive": sum(row.label for row in part), "harmless": sum(1 - row.label for row in part)}
         counts[f"{name} sources"] = dict(Counter(row.source.split("+")[0] for row in part).most_common())
     if not any(row.label for row in dev) or all(row.label for row in dev):
         raise UserError("the development split has prompts of one label only: name more data, or raise data.holdout")
-    return Split(train, dev, counts)
+    return Split(found, dev, counts)
 
 
 def as_read(rows: list[Row], rng: random.Random, most: int = 1) -> list[Row]:
-    """Rows with what the filter reads of a long text: it reads windows, and blocks a text for its worst.
+    """Rows with what the filter reads of a text: it reads windows, and blocks a text for its worst.
 
-    Every window of a harmless text is harmless: of a longer one, its first block and at most `most` others at random. A
-    sentence of a sensitive text may be harmless by itself: of it the first block, and one more at random.
+    Every window of an everyday text is harmless: of one that has several, its first block and at most `most` others at random,
+    of short ones too: a question that leans on the sentence before it ("How would I do that?") says little by itself. A sentence
+    of a sensitive text may be harmless by itself, and one of a look-alike (a threat that is quoted, a plan that is a game's)
+    sensitive: of these, if they are long, the first block, and one more at random. What pads a text is read as that text is.
     """
     from safety.windows import BLOCK, SEGMENT, windows
 
     out = []
     for row in rows:
-        parts = [part for part in windows(row.text) if row.label == 0 or part.end - part.start > SEGMENT]
-        if len(row.text) <= SEGMENT or len(parts) < 2:
+        everyday = row.label == 0 and row.source.split("+")[0] not in sources.LOOKALIKES
+        parts = [part for part in windows(row.text) if everyday or part.end - part.start > SEGMENT]
+        if len(parts) < 2 or (not everyday and len(row.text) <= SEGMENT):
             out.append(dataclasses.replace(row, text=row.text[:BLOCK]))
             continue
         first = max(parts, key=lambda part: (part.start == 0, part.end))
-        chosen = {first, *rng.sample(parts, min(most if row.label == 0 else 1, len(parts)))}
+        others = [part for part in parts if part != first]
+        chosen = [first, *rng.sample(others, min(most if everyday else 1, len(others)))]
         out += [dataclasses.replace(row, text=part.read(row.text)) for part in sorted(chosen)]
     return out
 
@@ -112,7 +139,7 @@ def canonical(rows: list[Row]) -> list[Row]:
     return [dataclasses.replace(row, text=normalize(row.text)) for row in rows]
 
 
-def targets(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+def targets(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     """Labels and their mask, float32 [N, 1 + K]: a sensitive row of unknown categories counts in column 0 only."""
     label, mask = np.zeros((len(rows), OUTPUTS), np.float32), np.ones((len(rows), OUTPUTS), np.float32)
     for index, row in enumerate(rows):

@@ -1,15 +1,19 @@
 """How the two stages of the classifier learn: `safety.train` says from what, and what comes after.
 
     stage 1     an embedding bag over the hashed features, quantised to int8
-    stage 2     all-MiniLM-L6-v2 with a pruned vocabulary and one head of 1 + K outputs on mean and maximum
+    stage 2     all-MiniLM-L6-v2 with a pruned vocabulary and one head of 1 + K outputs on mean and maximum, trained several
+                times, and the weights averaged
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +23,13 @@ import numpy as np
 from safety.classifier import Linear, features
 from safety.dataset import OUTPUTS, targets
 from safety.sources import Row
+from safety.taxonomy import KEYS
 
 if TYPE_CHECKING:
     import torch
 
 SLICES = 8  # of an epoch: a checkpoint is kept after each, and a run that was stopped goes on from there
+RECIPE = 1  # of `_run`; a change that makes other weights of the same rows counts it up, and runs of before are run again
 
 
 @dataclass
@@ -42,6 +48,7 @@ class EncoderConfig:
     length: int = 128
     train_length: int = 80
     frozen_layers: int = 2
+    runs: int = 1
     epochs: int = 3
     batch_tokens: int = 2048
     lr: float = 3e-4
@@ -185,7 +192,7 @@ def encoder_module(folder: Path, kept: list[int], frozen_layers: int) -> torch.n
     class Encoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            # It comes in evaluation mode and stays there: in three epochs dropout inside it costs more than it gives.
+            # It comes in evaluation mode and stays there: in so few epochs dropout inside it costs more than it gives.
             self.bert = BertModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="eager")
             table = self.bert.embeddings.word_embeddings.weight.detach()[kept]
             self.bert.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(table.clone(), freeze=True)
@@ -226,30 +233,99 @@ def token_batches(lengths: list[int], budget: int, rng: random.Random) -> list[l
     return batches
 
 
-def train_encoder(rows: list[Row], config: EncoderConfig, seed: int, run_dir: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Fine-tune stage 2; returns it with its tokenizer. Goes on from `run_dir`/last.ckpt where there is one."""
+def train_encoder(
+    draws: Sequence[Sequence[Row]],
+    config: EncoderConfig,
+    seed: int,
+    run_dir: Path,
+    look: Callable[[int, torch.nn.Module, dict[str, Any]], None] | None = None,
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Fine-tune stage 2 once on every draw of the rows, always from the same start, and average the weights.
+
+    A uniform soup (Wortsman et al. 2022, arXiv 2203.05482): runs from one pretrained start mostly end in one basin, where the
+    mean of their weights does as well as the mean of their answers, at the cost of one.
+
+    Args:
+        draws: Rows of each run.
+        run_dir: Holds a folder by the content of all that a run depends on. Runs that are in it are not run again, and one
+            that was stopped goes on.
+        look: Is given the number, the encoder and the tokenizer of each run.
+
+    Returns:
+        The encoder in evaluation mode, and its tokenizer.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from mmgpt import artifacts
+
+    folder = artifacts.resolve(config.name, kind="text_encoder")
+    source = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    texts = dict.fromkeys(row.text for rows in draws for row in rows)
+    spec, kept = prune_vocabulary(source, list(texts), config.vocabulary)
+    cache = run_dir / _content(draws, config, seed, folder, spec)
+    cache.mkdir(parents=True, exist_ok=True)
+    encoder = encoder_module(folder, kept, config.frozen_layers).eval()
+    mean: dict[str, torch.Tensor] = {}
+    for number, rows in enumerate(draws):
+        file, checkpoint = cache / f"run-{number}.safetensors", cache / f"run-{number}.ckpt"
+        name = f"run {number + 1} of {len(draws)}"
+        if file.exists():
+            print(f"encoder: {name} is there: {file}", file=sys.stderr, flush=True)
+        else:
+            start: dict[str, Any] = {"folder": folder, "spec": spec, "kept": kept}
+            run = _run(rows, config, **start, seed=seed, number=number, last=checkpoint, name=name)
+            save_file({key: value.contiguous() for key, value in run.state_dict().items()}, part := file.with_suffix(".tmp"))
+            part.rename(file)
+            checkpoint.unlink(missing_ok=True)  # of a run that is done nothing is left to go on from
+        weights = load_file(file)
+        for key, value in weights.items():
+            mean[key] = mean.get(key, 0) + value.float() / len(draws)
+        if look:
+            encoder.load_state_dict(weights)
+            look(number, encoder, spec)
+    encoder.load_state_dict(mean)
+    return encoder, spec
+
+
+def _content(draws: Sequence[Sequence[Row]], config: EncoderConfig, seed: int, folder: Path, spec: dict[str, Any]) -> str:
+    """A name for what the runs depend on: equal where they would come out equal."""
+    digest = hashlib.sha256(repr((RECIPE, seed, KEYS, dataclasses.replace(config, name="", length=0, runs=0), spec)).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    for rows in draws:
+        digest.update(b"draw")
+        for row in rows:
+            digest.update(repr((row.text, row.label, row.categories, row.weight)).encode())
+    return digest.hexdigest()[:12]
+
+
+def _run(
+    rows: Sequence[Row],
+    config: EncoderConfig,
+    *,
+    folder: Path,
+    spec: dict[str, Any],
+    kept: list[int],
+    seed: int,
+    number: int,
+    last: Path,
+    name: str,
+) -> torch.nn.Module:
+    """One fine-tuning of the encoder in `folder`; goes on from the checkpoint `last` where there is one."""
     import lightning as L
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
     from tokenizers import Tokenizer
 
-    from mmgpt import artifacts
-
-    L.seed_everything(seed, verbose=False)
-    folder = artifacts.resolve(config.name, kind="text_encoder")
-    texts = [row.text for row in rows]
-    source = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    spec, kept = prune_vocabulary(source, texts, config.vocabulary)
+    L.seed_everything(seed, verbose=False)  # the head is new: all runs have to start from one
     tokenizer = Tokenizer.from_str(json.dumps(spec))
     ends = spec["model"]["vocab"]["[CLS]"], spec["model"]["vocab"]["[SEP]"]
-    rng = random.Random(seed)
+    rng = random.Random(seed * config.runs + number)
     room = config.train_length - 2
     encoded: list[list[int]] = []
-    owner: list[int] = []
-    for n, encoding in enumerate(tokenizer.encode_batch(texts, add_special_tokens=False)):
+    for encoding in tokenizer.encode_batch([row.text for row in rows], add_special_tokens=False):
         start = rng.randrange(max(len(encoding.ids) - room, 0) + 1)
         encoded.append([ends[0], *encoding.ids[start : start + room], ends[1]])
-        owner.append(n)
     label, mask = targets(rows)
     weight = np.array([row.weight for row in rows], np.float32)
 
@@ -260,12 +336,12 @@ def train_encoder(rows: list[Row], config: EncoderConfig, seed: int, run_dir: Pa
         for place, n in enumerate(chosen):
             ids[place, : len(encoded[n])] = torch.tensor(encoded[n])
             inside[place, : len(encoded[n])] = 1
-        owners = [owner[n] for n in chosen]
-        return ids, inside, *(torch.from_numpy(part[owners]) for part in (label, mask, weight))
+        return ids, inside, *(torch.from_numpy(part[chosen]) for part in (label, mask, weight))
 
     lengths = [len(ids) for ids in encoded]
-    plans = [token_batches(lengths, config.batch_tokens, random.Random(seed + n)) for n in range(config.epochs)]
-    steps = sum(map(len, plans))
+    first = (seed * config.runs + number) * config.epochs
+    plans = [token_batches(lengths, config.batch_tokens, random.Random(first + epoch)) for epoch in range(config.epochs)]
+    steps, slices = sum(map(len, plans)), min(SLICES, *map(len, plans))
 
     class Tuned(L.LightningModule):
         def __init__(self) -> None:
@@ -273,9 +349,9 @@ def train_encoder(rows: list[Row], config: EncoderConfig, seed: int, run_dir: Pa
             self.encoder: Any = encoder_module(folder, kept, config.frozen_layers)
 
         def train_dataloader(self) -> Any:
-            round_, part = divmod(self.current_epoch, SLICES)
+            round_, part = divmod(self.current_epoch, slices)
             every: Any = range(len(encoded))
-            return torch.utils.data.DataLoader(every, batch_sampler=plans[round_][part::SLICES], collate_fn=collate)
+            return torch.utils.data.DataLoader(every, batch_sampler=plans[round_][part::slices], collate_fn=collate)
 
         def training_step(self, batch: tuple[torch.Tensor, ...], _: int) -> torch.Tensor:
             ids, inside, label, mask, weight = batch
@@ -283,7 +359,8 @@ def train_encoder(rows: list[Row], config: EncoderConfig, seed: int, run_dir: Pa
                 self.encoder(ids, inside), label, mask, weight, categories=config.category_weight, smoothing=config.smoothing
             )
             if self.global_step % 100 == 0:
-                print(f"encoder: step {self.global_step} of {steps}, loss {value.item():.4f}", file=sys.stderr, flush=True)
+                place = f"encoder: {name}, step {self.global_step} of {steps}"
+                print(f"{place}, loss {value.item():.4f}", file=sys.stderr, flush=True)
             return value
 
         def configure_optimizers(self) -> Any:
@@ -298,13 +375,10 @@ def train_encoder(rows: list[Row], config: EncoderConfig, seed: int, run_dir: Pa
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     model = Tuned()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    last = run_dir / "last.ckpt"
-    keep = ModelCheckpoint(run_dir, filename="last", enable_version_counter=False)
-    trainer = _trainer(config.epochs * SLICES, precision="bf16-mixed", gradient_clip_val=1.0, callbacks=[keep])
+    keep = ModelCheckpoint(last.parent, filename=last.stem, enable_version_counter=False)
+    trainer = _trainer(config.epochs * slices, precision="bf16-mixed", gradient_clip_val=1.0, callbacks=[keep])
     trainer.fit(model, ckpt_path=str(last) if last.exists() else None, weights_only=False)
-    last.unlink(missing_ok=True)  # of a run that is done nothing is left to go on from
-    return model.encoder.eval(), spec
+    return model.encoder
 
 
 def _trainer(epochs: int, **options: Any) -> Any:

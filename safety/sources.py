@@ -119,9 +119,12 @@ def requests(path: Path | None = None, *, per_act: int = 3, seed: int = 0) -> li
     rows = []
 
     def compose(acts: Iterable[str], framings: list[str], label: int, categories: tuple[str, ...]) -> None:
+        bare = [framing for framing in framings if framing == "{act}"]
+        others = [framing for framing in framings if framing != "{act}"]
         for act in acts:
-            # An act with gaps is many acts.
-            for framing in rng.sample(framings, min(per_act * (4 if "{" in act else 1), len(framings))):
+            # An act with gaps is many acts. What is a request by itself is always among its own framings, as it stands.
+            count = per_act * (4 if "{" in act else 1) - len(bare)
+            for framing in bare + rng.sample(others, max(0, min(count, len(others)))):
                 text = fill(framing.replace("{act}", act), table["words"], rng)
                 rows.append(Row(text[:1].upper() + text[1:] if rng.random() < 0.7 else text, label, categories, "requests", act))
 

@@ -2,7 +2,7 @@
 
     1  data        named collections, contrast pairs, composed requests, own files -> rows (`sources`)
     2  linear      stage 1 (`fitting`)
-    3  encoder     stage 2 (`fitting`), exported to int8 ONNX (`export`)
+    3  encoder     stage 2, the mean of several runs (`fitting`), exported to int8 ONNX (`export`)
     4  calibrate   Platt scaling on one half of the development split, operating points on all of it (`calibrate`)
     5  check       int8 against fp32; the weights' sizes; calibration.json with every file's sha256
     6  evaluate    the development tests, and the card (`evaluate`)
@@ -74,6 +74,8 @@ def parse(arguments: list[str] | None = None) -> Config:
         config = Config(**parser.instantiate(settings).as_dict())
     except Exception as error:
         raise UsageError(" ".join(str(error).split())) from error
+    if config.encoder.runs < 1:
+        raise UsageError(f"encoder.runs is {config.encoder.runs}; at least one run is needed")
     if missing := [name for name in calibrate.POINTS if name not in config.points]:
         raise UsageError(f"points: {', '.join(missing)} missing; give `everyday` and `lookalikes` for each")
     return config
@@ -201,7 +203,7 @@ def execute(config: Config) -> Path:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:6.0f} s] {text}", file=sys.stderr, flush=True)
 
-    split = build(config.data, config.seed)
+    split = build(config.data, config.seed, config.encoder.runs)
     say(f"data: {json.dumps(split.counts)}")
     # The weights that are there work until new ones are whole: files of two trainings do not fit each other.
     output, target = Path(config.output), Path(config.run_dir) / "weights"
@@ -209,25 +211,34 @@ def execute(config: Config) -> Path:
     texts = [row.text for row in split.dev]
     label = np.array([row.label for row in split.dev])
 
-    linear = train_linear(split.train, config.linear, config.seed)
+    linear = train_linear(split.draws[0], config.linear, config.seed)  # what other draws say in other words it says twice
     linear.save(target / "linear.npz")
     whole = {"linear": linear.logits(texts)}
     say(f"linear: development AUROC {auroc(label, whole['linear'][:, 0]):.4f}")
 
-    encoder, spec = train_encoder(split.train, config.encoder, config.seed, Path(config.run_dir))
-    (target / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-    export(encoder, target / "encoder.int8.onnx")
-    length = config.encoder.length
-    transformer = Transformer(target / "encoder.int8.onnx", target / "tokenizer.json", length=length, overlap=length // 4)
+    def exported(encoder: Any, spec: dict[str, Any]) -> Transformer:
+        (target / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+        export(encoder, target / "encoder.int8.onnx")
+        length = config.encoder.length
+        return Transformer(target / "encoder.int8.onnx", target / "tokenizer.json", length=length, overlap=length // 4)
+
+    alone: list[float] = []
+
+    def look(number: int, encoder: Any, spec: dict[str, Any]) -> None:
+        alone.append(round(auroc(label, exported(encoder, spec).logits(texts)[:, 0]), 4))
+        say(f"encoder: run {number + 1} alone: development AUROC {alone[-1]:.4f}")
+
+    encoder, spec = train_encoder(split.draws, config.encoder, config.seed, Path(config.run_dir), look)
+    transformer = exported(encoder, spec)
     whole["transformer"] = transformer.logits(texts)
-    say(f"encoder: development AUROC {auroc(label, whole['transformer'][:, 0]):.4f}")
+    say(f"encoder: mean of {len(alone)}: development AUROC {auroc(label, whole['transformer'][:, 0]):.4f}")
     chosen = sorted(random.Random(config.seed).sample(range(len(texts)), min(PARITY, len(texts))))
     full = full_precision(encoder, transformer, [texts[n] for n in chosen])
     parity = check_parity(label[chosen], full, whole["transformer"][chosen])
     say(f"int8 against fp32 {json.dumps(parity)}")
 
     stages: dict[str, Linear | Transformer] = {"linear": linear, "transformer": transformer}
-    calibration = fit_calibration(split, stages, whole, config) | {"parity": parity, "data": split.counts}
+    calibration = fit_calibration(split, stages, whole, config) | {"parity": parity, "runs": alone, "data": split.counts}
     (target / weights.CALIBRATION).write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
     weights.seal(target)
     size = sum((target / name).stat().st_size for name in (*weights.FILES, weights.CALIBRATION))

@@ -71,14 +71,13 @@ def test_pairs_are_two_rows_of_one_group() -> None:
     assert {row.categories[0] for row in rows if row.categories} == set(KEYS)
 
 
-def test_unseen_prompts_are_whole_of_all_categories_and_in_no_training_data() -> None:
-    folder = sources.HERE / "data" / "unseen"
-    rows = [row for name in ("requests", "everyday") for row in read_jsonl(folder / f"{name}.jsonl")]
+def test_unseen_prompts_are_of_all_categories_and_in_no_training_data() -> None:
+    rows = [row for path in sorted((sources.HERE / "data" / "unseen").glob("*.jsonl")) for row in read_jsonl(path)]
     names = [sources.key(row.text) for row in rows]
-    assert len(rows) > 16_000 and len(set(names)) == len(names)
+    assert len(rows) > 1_600 and len(set(names)) == len(names)
     assert {key for row in rows for key in row.categories or ()} == set(KEYS)
     assert not [row.text for row in rows if row.label and not row.categories]
-    known = sources.pairs() + requests(per_act=1)
+    known = sources.pairs() + requests(per_act=2)
     assert not set(names) & {sources.key(text) for row in known for text in (row.text, row.group)}
 
 
@@ -88,6 +87,14 @@ def test_requests_fill_every_gap_and_keep_acts_together() -> None:
     assert {key for row in rows for key in row.categories or ()} == set(KEYS)
     assert all(row.group for row in rows) and rows == requests(per_act=2)
     assert 0.4 < sum(row.label for row in rows) / len(rows) < 0.6
+
+
+def test_a_whole_request_is_always_among_its_framings_as_it_stands(tmp_path: Path) -> None:
+    framings = ", ".join(f"'{n}. {{act}}'" for n in range(20))
+    (tmp_path / "a.yaml").write_text(f"framings: {{whole: [{framings}, '{{act}}']}}\nharmless: {{whole: ['Bake!', 'Boil!']}}\n")
+    for per_act in (1, 3, 30):
+        texts = [row.text for row in requests(tmp_path, per_act=per_act)]
+        assert {"Bake!", "Boil!"} <= set(texts) and len(texts) == len(set(texts)) == 2 * min(per_act, 21)
 
 
 def test_files_of_a_folder_are_one_table(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Training on generated prompts with a tiny encoder: from files to weights that the filter loads."""
 
+import dataclasses
+import itertools
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from safety.calibrate import Bounds
 from safety.classifier import Linear, Transformer
 from safety.sources import Row
 from safety.taxonomy import KEYS
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 BAD, GOOD = ("bomb", "poison", "malware"), ("bread", "garden", "music")
 
@@ -89,6 +94,7 @@ def config(folder: Path, **changes: object) -> train.Config:
             length=32,
             train_length=32,
             frozen_layers=0,
+            runs=2,
             epochs=12,
             batch_tokens=512,
             lr=1e-2,
@@ -122,10 +128,12 @@ def test_trained_weights_tell_the_words_apart_and_load(trained: Path) -> None:
     assert points["strict"]["threshold"] <= points["balanced"]["threshold"] <= points["loose"]["threshold"]
     assert points["balanced"]["recall"] > 0.9 and calibration["parity"]["mean_dp"] <= 0.02
     assert calibration["linear"]["clear_below"] <= points["strict"]["threshold"]
+    assert len(calibration["runs"]) == 2 and min(calibration["runs"]) > 0.9
 
 
-def test_a_run_leaves_no_checkpoint_and_no_other_files(trained: Path) -> None:
-    assert not list((trained.parent / "run").glob("*.ckpt"))
+def test_training_leaves_its_runs_and_no_checkpoint_or_other_files(trained: Path) -> None:
+    left = sorted(path.name for path in (trained.parent / "run").rglob("*") if path.is_file())
+    assert left == ["run-0.safetensors", "run-1.safetensors"]
     assert sorted(path.name for path in trained.iterdir()) == [
         "calibration.json",
         "encoder.int8.onnx",
@@ -134,34 +142,129 @@ def test_a_run_leaves_no_checkpoint_and_no_other_files(trained: Path) -> None:
     ]
 
 
+def drawn(count: int, seed: int) -> list[Row]:
+    return [Row(str(row["text"]), int(row["label"]), ()) for row in rows(count, seed)]  # type: ignore[call-overload]
+
+
+def encoder_config(folder: Path, **changes: Any) -> fitting.EncoderConfig:
+    settings = {"name": str(folder), "vocabulary": 95, "length": 32, "train_length": 32, "frozen_layers": 0, "batch_tokens": 256}
+    return fitting.EncoderConfig(**{**settings, **changes})
+
+
 def test_a_stopped_run_goes_on_and_ends_where_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [Row(str(row["text"]), int(row["label"]), ()) for row in rows(120, 1)]  # type: ignore[call-overload]
-    settings = fitting.EncoderConfig(
-        name=str(tiny_encoder(tmp_path / "encoder")),
-        vocabulary=95,
-        length=32,
-        train_length=32,
-        frozen_layers=0,
-        epochs=2,
-        batch_tokens=256,
-    )
-    whole, _ = fitting.train_encoder(made, settings, 0, tmp_path / "whole")
-    real = fitting._trainer
+    import lightning as L
 
-    def stopping(epochs: int, **options: object) -> object:
-        return real(5, **options)
+    draws = [drawn(120, 1), drawn(120, 2)]
+    settings = encoder_config(tiny_encoder(tmp_path / "encoder"), runs=2, epochs=2)
+    whole, _ = fitting.train_encoder(draws, settings, 0, tmp_path / "whole")
 
-    monkeypatch.setattr(fitting, "_trainer", stopping)
-    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
-    fitting.train_encoder(made, settings, 0, tmp_path / "parts")
-    assert (tmp_path / "parts" / "last.ckpt").exists()
-    monkeypatch.undo()
-    parts, _ = fitting.train_encoder(made, settings, 0, tmp_path / "parts")
+    class Stop(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            if trainer.current_epoch == at:
+                raise KeyboardInterrupt
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            steps.append(1)
+
+    def trainer_with(callback: L.Callback) -> Callable[..., Any]:
+        return lambda epochs, **options: real(epochs, **{**options, "callbacks": [*options["callbacks"], callback]})
+
+    real, steps = fitting._trainer, []
+    at = 99
+    monkeypatch.setattr(fitting, "_trainer", trainer_with(Count()))
+    fitting.train_encoder(draws[:1], settings, 0, tmp_path / "count")
+    every = len(steps)
+    monkeypatch.setattr(fitting, "_trainer", real)
+    [folder] = (tmp_path / "whole").iterdir()
+    shutil.copytree(folder, other := tmp_path / "parts" / folder.name)
+    (other / "run-1.safetensors").unlink()
+    at = 5
+    monkeypatch.setattr(fitting, "_trainer", trainer_with(Stop()))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fitting.train_encoder(draws, settings, 0, tmp_path / "parts")
+    assert sorted(path.name for path in other.iterdir()) == ["run-0.safetensors", "run-1.ckpt"]
+    steps.clear()
+    monkeypatch.setattr(fitting, "_trainer", trainer_with(Count()))
+    parts, _ = fitting.train_encoder(draws, settings, 0, tmp_path / "parts")
+    assert 0 < len(steps) < every
+    assert sorted(path.name for path in other.iterdir()) == ["run-0.safetensors", "run-1.safetensors"]
     # Dropout draws other numbers after a restart: close, not equal.
     moved = [(a - b).abs().max().item() for a, b in zip(whole.parameters(), parts.parameters())]
     start = fitting.encoder_module(tmp_path / "encoder", list(range(95)), 0)
     way = [(a - b).abs().max().item() for a, b in zip(whole.bert.parameters(), start.bert.parameters())]
-    assert max(moved) < max(way)
+    assert 0 < max(moved) < max(way)
+
+
+def test_runs_on_draws_start_as_one_and_are_averaged(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    draws = [drawn(120, seed) for seed in (1, 2, 3)]
+    settings = encoder_config(tiny_encoder(tmp_path / "encoder"), runs=3, epochs=1)
+    seen: list[tuple[int, torch.Tensor]] = []
+
+    def look(number: int, run: Any, spec: dict[str, Any]) -> None:
+        assert spec["model"]["vocab"]["malware"] and not run.training
+        seen.append((number, run.head.weight.detach().clone()))
+
+    encoder, _ = fitting.train_encoder(draws, settings, 0, tmp_path / "runs", look)
+    files = sorted((tmp_path / "runs").glob("*/*"))
+    runs = [load_file(file) for file in files]
+    assert [file.name for file in files] == [f"run-{n}.safetensors" for n in range(3)]
+    for name, value in encoder.state_dict().items():
+        assert torch.allclose(value, sum(run[name] for run in runs) / 3, atol=1e-6), name
+    heads = [run["head.weight"] for run in runs]
+    assert [number for number, _ in seen] == [0, 1, 2] and all(torch.equal(a, b) for a, (_, b) in zip(heads, seen))
+    # Trained on other rows, yet nearer to each other than two new heads (of standard deviation .02) would be.
+    assert all(0 < (one - other).abs().mean() < 0.01 for one, other in itertools.pairwise(heads))
+
+
+@pytest.mark.parametrize(
+    "change", ["none", "label", "categories", "weight", "draw", "seed", "lr", "encoder", "taxonomy", "length"]
+)
+def test_runs_are_kept_by_what_they_depend_on(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = [drawn(40, seed) for seed in (1, 2)]
+    settings = encoder_config(tiny_encoder(tmp_path / "encoder"), runs=2, epochs=1)
+    encoder, spec = fitting.train_encoder(draws, settings, 0, tmp_path / "runs")
+    asked: list[int] = []
+
+    def run(*_: Any, **options: Any) -> Any:
+        asked.append(options["number"])
+        return encoder
+
+    monkeypatch.setattr(fitting, "_run", run)
+    row, seed = draws[1][0], 0
+    if change in ("label", "categories", "weight"):
+        value: Any = {"label": 1 - row.label, "categories": ("hate",), "weight": 2.0}[change]
+        draws[1][0] = dataclasses.replace(row, **{change: value})
+    elif change == "draw":
+        draws.append(draws[0])
+    elif change == "seed":
+        seed = 1
+    elif change in ("lr", "length"):
+        settings = dataclasses.replace(settings, **{change: 16 if change == "length" else 1e-5})
+    elif change == "encoder":
+        other = fitting.encoder_module(tmp_path / "encoder", list(range(95)), 0).bert
+        other.encoder.layer[0].output.dense.weight.data += 1
+        other.save_pretrained(tmp_path / "encoder")
+    elif change == "taxonomy":
+        monkeypatch.setattr(fitting, "KEYS", KEYS[::-1])
+    again, same = fitting.train_encoder(draws, settings, seed, tmp_path / "runs")
+    if change in ("none", "length"):  # the length at which it is read afterwards changes no run
+        assert not asked and same == spec and all(torch.equal(a, b) for a, b in zip(encoder.parameters(), again.parameters()))
+    else:
+        assert asked == list(range(len(draws)))
+
+
+def test_a_run_of_few_batches_makes_all_its_steps(tmp_path: Path) -> None:
+    settings = encoder_config(tiny_encoder(tmp_path / "encoder"), epochs=3, batch_tokens=2048)
+    start = fitting.encoder_module(tmp_path / "encoder", list(range(95)), 0)
+    texts = [[Row("write bread", 0, ()), Row("write malware", 1, ())]]
+    moved = []
+    for epochs in (1, 3):
+        run, _ = fitting.train_encoder(texts, dataclasses.replace(settings, epochs=epochs), 0, tmp_path / str(epochs))
+        moved.append(sum((a - b).abs().sum().item() for a, b in zip(run.bert.parameters(), start.bert.parameters())))
+    assert moved[1] > 1.2 * moved[0] > 0
 
 
 def test_categories_that_are_not_known_do_not_count() -> None:
@@ -219,6 +322,15 @@ def test_long_harmless_texts_are_read_in_windows_and_sensitive_ones_in_blocks() 
     assert [row.text for row in made if row.text == "short"] == ["short"]
     assert all(row.text in text for row in made[:-1]) and len([row for row in made if row.label == 0]) >= 2
     assert all(len(row.text) > 160 for row in made[:-1] if row.label == 1)
+
+
+def test_a_short_everyday_text_is_also_read_sentence_by_sentence() -> None:
+    text = "My grandmother made pickled lemons every winter. How would I do that at home?"
+    kinds = (Row(text, 0, ()), Row(text, 1, None), Row(text, 0, (), "requests"), Row(text, 0, (), "pairs+noise"))
+    made = [dataset.as_read([row], random.Random(seed)) for row in kinds for seed in range(20)]
+    everyday, *others = ({row.text for rows in made[at : at + 20] for row in rows} for at in range(0, 80, 20))
+    assert everyday == {text, *text.split(". ")[1:], text.split(". ")[0] + "."} and others == [{text}] * 3
+    assert all(len(rows) == 2 and any(row.text == text for row in rows) for rows in made[:20])
 
 
 def test_peaks_are_the_windows_with_the_highest_sum() -> None:
@@ -293,8 +405,35 @@ def test_rows_of_a_test_set_are_removed_and_counted(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sources, "named", lambda name: [test])
     split = dataset.build(settings.data, settings.seed)
     assert sum(split.counts["overlaps"].values()) >= 1
-    assert test.text not in {row.text for row in (*split.train, *split.dev)}
-    assert not {sources.key(row.text) for row in split.train} & {sources.key(row.text) for row in split.dev}
+    [train] = split.draws
+    assert test.text not in {row.text for row in (*train, *split.dev)}
+    assert not {sources.key(row.text) for row in train} & {sources.key(row.text) for row in split.dev}
+
+
+def test_draws_differ_and_hold_nothing_that_is_held_out_or_in_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path)
+    requests = Path(str(settings.data.requests))
+    framings = ", ".join(f"'the way number {n} to {{act}}'" for n in range(9))
+    acts = ", ".join(f"bake {n} loaves" for n in range(40))
+    # `topic` says as a whole what `do` says with a framing: of some, one is held out and the other is not.
+    same = ", ".join(f"the way number {n} to bake {m} loaves" for n in range(9) for m in range(40))
+    forms, sensitive = f"{{do: [{framings}], topic: ['{{act}}']}}", "{do: {hate: [insult him]}}"
+    requests.write_text(f"framings: {forms}\nharmless: {{do: [{acts}], topic: [{same}]}}\nsensitive: {sensitive}\n")
+    test = Row("the way number 8 to bake 39 loaves", 0, (), "test")
+    settings.data.tests = ["some-test"]
+    monkeypatch.setattr(sources, "named", lambda name: [test])
+    monkeypatch.setattr(sources, "overlaps", lambda rows, tests: [row.text.lower() == test.text for row in rows])
+    split = dataset.build(settings.data, settings.seed, 3)
+    assert len(split.draws) == 3 and split.dev == dataset.build(settings.data, settings.seed, 1).dev
+    texts = [{row.text for row in draw} for draw in split.draws]
+    framed = [{row.text for row in draw if row.group.startswith("bake")} for draw in split.draws]
+    copies = [{row.text for row in draw if row.source == "own+noise"} for draw in split.draws]
+    for parts, least in ((framed, 10), (copies, 5)):
+        assert all(len(a - b) > least for a in parts for b in parts if a is not b)
+    groups = {row.group for row in split.dev if row.group}
+    assert len(groups) > 4 and not groups & {row.group for draw in split.draws for row in draw}
+    assert not {sources.key(row.text) for row in split.dev} & {sources.key(row.text) for draw in split.draws for row in draw}
+    assert not [text for part in texts for text in part if text.lower() == test.text]
 
 
 def test_the_shipped_configuration_is_read_and_wrong_ones_are_explained(tmp_path: Path) -> None:
@@ -302,6 +441,8 @@ def test_the_shipped_configuration_is_read_and_wrong_ones_are_explained(tmp_path
     assert settings.encoder.epochs == 1 and settings.data.own == ["mine.jsonl"] and settings.points["loose"].everyday < 0.01
     with pytest.raises(UsageError, match="epoch"):
         train.parse(["--config", "configs/safety.yaml", "--encoder.epoch", "1"])
+    with pytest.raises(UsageError, match=r"encoder\.runs is 0"):
+        train.parse(["--config", "configs/safety.yaml", "--encoder.runs", "0"])
     empty = tmp_path / "empty.yaml"
     empty.write_text("data: {}\n")
     with pytest.raises(UsageError, match="points"):
