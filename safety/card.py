@@ -61,6 +61,9 @@ hashed n-grams, and all-MiniLM-L6-v2 (Apache-2.0) fine-tuned, with a pruned voca
 For: English chat prompts to an assistant, before it answers, and its answers while they stream. Not for: other languages
 (few were trained on), legal or medical decisions about people, or as the only protection where a miss is dangerous.
 
+Stage 2 is the mean of the weights of {len(calibration["runs"])} runs; AUROC on whole development prompts of each run by itself \
+{", ".join(f"{one:.4f}" for one in calibration["runs"])}.
+
 int8 against fp32 on {calibration["development"]["sensitive"]} sensitive and
 {calibration["development"]["everyday"] + calibration["development"]["lookalikes"]} harmless development prompts (a sample of
 them): mean |dp| {parity["mean_dp"]:.4f}, AUROC {parity["auroc_int8"]:.4f} against {parity["auroc_fp32"]:.4f}."""
