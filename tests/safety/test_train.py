@@ -21,7 +21,7 @@ from safety.classifier import Linear, Transformer
 from safety.sources import Row
 from safety.taxonomy import KEYS
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(Checkpoint directory|in eval mode|treespec)")  # as `train.main` does
 
 BAD, GOOD = ("bomb", "poison", "malware"), ("bread", "garden", "music")
 
@@ -438,7 +438,9 @@ def test_draws_differ_and_hold_nothing_that_is_held_out_or_in_the_tests(tmp_path
 
 def test_the_shipped_configuration_is_read_and_wrong_ones_are_explained(tmp_path: Path) -> None:
     settings = train.parse(["--config", "configs/safety.yaml", "--encoder.epochs", "1", "--data.own", "[mine.jsonl]"])
-    assert settings.encoder.epochs == 1 and settings.data.own == ["mine.jsonl"] and settings.points["loose"].everyday < 0.01
+    assert settings.encoder.epochs == 1 and settings.data.own == ["mine.jsonl"]
+    bounds = [settings.points[name].everyday for name in ("loose", "balanced", "strict")]
+    assert bounds == sorted(bounds) and 0 < bounds[0] < bounds[1] < bounds[2] < 0.05
     with pytest.raises(UsageError, match="epoch"):
         train.parse(["--config", "configs/safety.yaml", "--encoder.epoch", "1"])
     with pytest.raises(UsageError, match=r"encoder\.runs is 0"):
