@@ -169,11 +169,11 @@ def _publish(part: Part, built: Path, folder: Path) -> None:
 def _convert(converter: str, source: Path, built: Path, report: _Report) -> None:
     from safetensors import SafetensorError
 
-    from mmgpt import convert
+    from mmgpt import convert, published
 
     report.phase("converting (once)")
     try:
-        convert.CONVERTERS[converter](source, built)
+        (convert.CONVERTERS | published.CONVERTERS)[converter](source, built)
     except (convert.ConversionError, KeyError, IndexError, ValueError, RuntimeError, SafetensorError) as error:
         if "os error 28" in str(error):
             raise OSError(errno.ENOSPC, "no space left") from error

