@@ -21,13 +21,20 @@ from safety.stream import AnswerStream
 from safety.taxonomy import KEYS
 from safety.verdict import MAX_BYTES, POINTS, REASONS, Verdict
 from safety.weights import FOLDER, WeightsError, read
-from safety.windows import Window, windows
+from safety.windows import SEGMENT, Window, windows
 
 CANARIES = Path(__file__).parent / "data" / "canaries.jsonl"
 MIN_CANARIES, MIN_SEPARATION = 20, 0.5
 
 READS, READS_PER = 6, 4096
-"""Stage 2 reads the READS most suspicious windows, and one more for every READS_PER characters."""
+"""Stage 2 reads the READS most suspicious windows of a text, and one more for every READS_PER characters."""
+
+SHORT_PER = 256
+"""And of every view the most suspicious windows of at most `windows.SEGMENT` characters, one for every SHORT_PER characters.
+
+In a long text stage 1 finds so many windows suspicious that a request hidden there is not among the first. The short ones cost
+least, and it stands out best in them.
+"""
 
 CHUNK = 1 << 17
 """Characters of windows that stage 1 reads in one call; nothing depends on it but memory and speed."""
@@ -313,31 +320,51 @@ class _Case:
     def reset(self) -> None:
         self.reason = ""
         self.clear = self.read = _NOTHING
-        self.room = READS
-        self._heap: list[tuple[float, int, _Read]] = []
-        self._held: set[str] = set()
-        self._count = 0
+        self._most = _Most(READS)
+        self._short: dict[str, _Most] = {}
 
     def windows(self) -> Iterator[_Read]:
         """Every window of every view; nothing of a text that cannot be judged."""
         found: list[View] = []
         with _failing(self, "failed_normalize"):
             _validate(self.text)
-            self.room = READS + len(self.text) // READS_PER
+            self._most = _Most(READS + len(self.text) // READS_PER)
             found = views(self.text)
             if not found[0].text and len(found) == 1:
                 raise _Blocked("empty")
         for view in found:
+            self._short[view.name] = _Most(len(view.text) // SHORT_PER)
             with _failing(self, "failed_windows"):
                 for part in windows(view.text):
                     yield _Read(self, view, part, part.read(view.text))
 
     def suspect(self, value: float, read_: _Read) -> None:
-        """Remember a window for stage 2 if it is among the most suspicious; of equal ones the first, of equal texts one.
+        """Remember a window for stage 2 if it is among the most suspicious."""
+        self._most.add(value, read_)
+        if len(read_.text) <= SEGMENT:
+            self._short[read_.view.name].add(value, read_)
 
-        Or the same decoy, repeated, would keep stage 2 from what else there is.
-        """
-        if read_.text in self._held:
+    def suspects(self) -> list[tuple[float, _Read]]:
+        """The windows for stage 2 with what stage 1 makes of them, the most suspicious first, equal texts once."""
+        found = [entry for most in (self._most, *self._short.values()) for entry in most.entries()]
+        once = {read_.text: (value, read_) for value, read_ in reversed(found)}
+        return sorted(once.values(), key=lambda entry: (-entry[0], entry[1].text))
+
+
+class _Most:
+    """The windows with the highest values, at most `room`; of equal values the first, of equal texts one.
+
+    Or the same decoy, repeated, would keep stage 2 from what else there is.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._heap: list[tuple[float, int, _Read]] = []
+        self._held: set[str] = set()
+        self._count = 0
+
+    def add(self, value: float, read_: _Read) -> None:
+        if not self.room or read_.text in self._held:
             return
         self._count += 1
         self._held.add(read_.text)
@@ -347,8 +374,8 @@ class _Case:
         else:
             self._held.remove(heapq.heappushpop(self._heap, entry)[2].text)
 
-    def suspects(self) -> list[tuple[float, _Read]]:
-        """The windows for stage 2 with what stage 1 makes of them, the most suspicious first."""
+    def entries(self) -> list[tuple[float, _Read]]:
+        """What is held, the highest first."""
         return [(value, read_) for value, _, read_ in sorted(self._heap, key=lambda entry: (-entry[0], -entry[1]))]
 
 
