@@ -28,6 +28,7 @@ class Collection:
     """A data set by name and how much of it is taken; see `sources.take`."""
 
     name: str
+    sources: list[str] | None = None
     cap: int | None = None
     per_source: int | None = None
     weight: float = 1.0
@@ -70,7 +71,12 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
     pairs = [dataclasses.replace(row, weight=data.pair_weight) for row in sources.pairs(Path(data.pairs) if data.pairs else None)]
     named = [row for path in data.own for row in sources.read_jsonl(Path(path))]
     for entry in data.collections:
-        taken = sources.take(sources.named(entry.name), entry.cap, entry.per_source, seed)
+        rows = sources.named(entry.name)
+        if entry.sources is not None:
+            if unknown := set(entry.sources) - {row.source for row in rows}:
+                raise UserError(f"{entry.name} has no source {', '.join(sorted(unknown))}; there are {_listed(rows)}")
+            rows = [row for row in rows if row.source in entry.sources]
+        taken = sources.take(rows, entry.cap, entry.per_source, seed)
         named += [dataclasses.replace(row, weight=entry.weight) for row in taken]
     tests = canonical([row for name in data.tests for row in sources.named(name)])
     pairs, named = canonical(pairs), canonical(named)
@@ -106,6 +112,10 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
     if not any(row.label for row in dev) or all(row.label for row in dev):
         raise UserError("the development split has prompts of one label only: name more data, or raise data.holdout")
     return Split(found, dev, counts)
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    return ", ".join(sorted({row.source for row in rows}))
 
 
 def as_read(rows: list[Row], rng: random.Random, most: int = 1) -> list[Row]:

