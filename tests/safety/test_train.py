@@ -410,6 +410,25 @@ def test_rows_of_a_test_set_are_removed_and_counted(tmp_path: Path, monkeypatch:
     assert not {sources.key(row.text) for row in train} & {sources.key(row.text) for row in split.dev}
 
 
+def test_a_part_of_a_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path)
+    listed = [Row(f"read {kind} {n}", 0, (), kind) for n in range(30) for kind in ("prose", "code", "letters")]
+    monkeypatch.setattr(sources, "named", lambda name: listed)
+
+    def found(*parts: dataset.Collection) -> dict[str, int]:
+        counts = dataset.build(dataclasses.replace(settings.data, collections=list(parts)), settings.seed).counts
+        parts_of = [counts[f"{part} sources"] for part in ("train", "dev")]
+        return {kind: sum(part.get(kind, 0) for part in parts_of) for kind in ("prose", "code", "letters")}
+
+    settings.data.augment = 0.0
+    assert found(dataset.Collection("texts")) == {"prose": 30, "code": 30, "letters": 30}
+    part = dataset.Collection("texts", sources=["prose", "code"], cap=40)
+    assert sum(found(part).values()) == 40 and found(part)["letters"] == 0
+    assert found(part, dataset.Collection("texts", sources=["letters"], cap=7))["letters"] == 7
+    with pytest.raises(UserError, match="texts has no source verse; there are code, letters, prose"):
+        found(dataset.Collection("texts", sources=["prose", "verse"]))
+
+
 def test_draws_differ_and_hold_nothing_that_is_held_out_or_in_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(tmp_path)
     requests = Path(str(settings.data.requests))
