@@ -42,9 +42,7 @@ def write_prompts(path: Path, seed: int = 0) -> int:
     rows = list(_contrast())
     shown = [row for row in rows if row["split"] == "train"]
     rows += _requests([sum(row["label"] == label for row in shown) for label in (0, 1)], seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return len(rows)
+    return _write(path, rows)
 
 
 def _requests(counts: Sequence[int], seed: int) -> list[dict[str, Any]]:
@@ -102,9 +100,7 @@ def write_conversations(path: Path, answers: Path | None = None) -> int:
     rows = [
         {"messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]} for pair in pairs
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return len(rows)
+    return _write(path, rows)
 
 
 def _answered(path: Path) -> dict[str, str]:
@@ -114,6 +110,12 @@ def _answered(path: Path) -> dict[str, str]:
         return {as_text(asked["content"]).strip(): as_text(answer["content"]) for asked, answer in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RulesError(f"{path} holds no answers ({error!r}); python -m mmgpt.answer writes them") from None
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return len(rows)
 
 
 def _fits_any(refusal: str) -> bool:
