@@ -21,7 +21,7 @@ from safety.stream import AnswerStream
 from safety.taxonomy import KEYS
 from safety.verdict import MAX_BYTES, POINTS, REASONS, Verdict
 from safety.weights import FOLDER, WeightsError, read
-from safety.windows import SEGMENT, Window, windows
+from safety.windows import Window, windows
 
 CANARIES = Path(__file__).parent / "data" / "canaries.jsonl"
 MIN_CANARIES, MIN_SEPARATION = 20, 0.5
@@ -29,11 +29,12 @@ MIN_CANARIES, MIN_SEPARATION = 20, 0.5
 READS, READS_PER = 6, 4096
 """Stage 2 reads the READS most suspicious windows of a text, and one more for every READS_PER characters."""
 
-SHORT_PER = 256
-"""And of every view the most suspicious windows of at most `windows.SEGMENT` characters, one for every SHORT_PER characters.
+ROOMS = ((4, 256), (2, 1024))
+"""And of every view by themselves its single segments and its pairs: so many, and one more for every so many characters.
 
-In a long text stage 1 finds so many windows suspicious that a request hidden there is not among the first. The short ones cost
-least, and it stands out best in them.
+Stage 1 suspects hundreds of windows of a long text, and a request that hides in it is rarely among the first. Segments cost the
+least, and it stands out best in them; in a pair it is whole where it lies across a boundary. That each kind has its room keeps
+what looks worse from filling several places at once, and what a short view decodes from being crowded out by a long one.
 """
 
 CHUNK = 1 << 17
@@ -286,12 +287,14 @@ def content_text(content: Any) -> str:
 
 
 class _Read(NamedTuple):
-    """A window to read."""
+    """A window to read; `kind` is 0 for a segment, 1 for a pair, 2 for a block, `order` where it comes among all of its text."""
 
     case: _Case
     view: View
     window: Window
     text: str
+    kind: int
+    order: int
 
     def span(self) -> tuple[int, int]:
         return self.view.origin(self.window.start, self.window.end)
@@ -321,7 +324,7 @@ class _Case:
         self.reason = ""
         self.clear = self.read = _NOTHING
         self._most = _Most(READS)
-        self._short: dict[str, _Most] = {}
+        self._kinds: dict[str, list[_Most]] = {}
 
     def windows(self) -> Iterator[_Read]:
         """Every window of every view; nothing of a text that cannot be judged."""
@@ -332,23 +335,32 @@ class _Case:
             found = views(self.text)
             if not found[0].text and len(found) == 1:
                 raise _Blocked("empty")
-        for view in found:
-            self._short[view.name] = _Most(len(view.text) // SHORT_PER)
+        decoded = sum(len(view.text) for view in found[1:])
+        order = 0
+        for number, view in enumerate(found):
+            kind, start = 0, -1
             with _failing(self, "failed_windows"):
+                # All that a text decodes to has as much room as the text: what grows when it is decoded does not grow the work.
+                size = len(view.text) * len(self.text) // max(len(self.text), decoded) if number else len(view.text)
+                self._kinds[view.name] = [_Most(least + size // per) for least, per in ROOMS]
                 for part in windows(view.text):
-                    yield _Read(self, view, part, part.read(view.text))
+                    kind, start = (kind + 1 if part.start == start else 0), part.start
+                    order += 1
+                    yield _Read(self, view, part, part.read(view.text), kind, order)
 
     def suspect(self, value: float, read_: _Read) -> None:
         """Remember a window for stage 2 if it is among the most suspicious."""
         self._most.add(value, read_)
-        if len(read_.text) <= SEGMENT:
-            self._short[read_.view.name].add(value, read_)
+        if read_.kind < len(ROOMS):
+            self._kinds[read_.view.name][read_.kind].add(value, read_)
 
     def suspects(self) -> list[tuple[float, _Read]]:
         """The windows for stage 2 with what stage 1 makes of them, the most suspicious first, equal texts once."""
-        found = [entry for most in (self._most, *self._short.values()) for entry in most.entries()]
-        once = {read_.text: (value, read_) for value, read_ in reversed(found)}
-        return sorted(once.values(), key=lambda entry: (-entry[0], entry[1].text))
+        rooms = [self._most, *(most for kinds in self._kinds.values() for most in kinds)]
+        once: dict[str, tuple[float, _Read]] = {}
+        for value, read_ in sorted((entry for most in rooms for entry in most.entries()), key=lambda entry: entry[1].order):
+            once.setdefault(read_.text, (value, read_))
+        return sorted(once.values(), key=lambda entry: -entry[0])
 
 
 class _Most:
@@ -361,22 +373,20 @@ class _Most:
         self.room = room
         self._heap: list[tuple[float, int, _Read]] = []
         self._held: set[str] = set()
-        self._count = 0
 
     def add(self, value: float, read_: _Read) -> None:
-        if not self.room or read_.text in self._held:
+        if read_.text in self._held:
             return
-        self._count += 1
         self._held.add(read_.text)
-        entry = (value, -self._count, read_)
+        entry = (value, -read_.order, read_)
         if len(self._heap) < self.room:
             heapq.heappush(self._heap, entry)
         else:
             self._held.remove(heapq.heappushpop(self._heap, entry)[2].text)
 
     def entries(self) -> list[tuple[float, _Read]]:
-        """What is held, the highest first."""
-        return [(value, read_) for value, _, read_ in sorted(self._heap, key=lambda entry: (-entry[0], -entry[1]))]
+        """What is held, in no order."""
+        return [(value, read_) for value, _, read_ in self._heap]
 
 
 def _validate(text: Any) -> None:

@@ -63,7 +63,8 @@ def _cut(text: str, edges: list[int], end: int) -> None:
 
 
 def windows(text: str) -> Iterator[Window]:
-    """The windows of a text in the order of their starts, each once; none for an empty text.
+    """The windows of a text in the order of their starts, each once; none for an empty text. Of one start the segment comes
+    first, then the pair, then the block.
 
     Whatever its length, every character is covered, and what is no longer than `SEGMENT` / 2 lies wholly inside a window of
     at most 2 * `SEGMENT`.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_filter import BAD, GOOD, LOOK_ALIKE
 
 import safety
-from safety.filter import READS, Filter
+from safety.filter import READS, READS_PER, ROOMS, Filter, _Case
 from safety.obfuscate import NAMES, apply
 from safety.stream import AnswerStream
 from safety.taxonomy import KEYS
@@ -127,14 +127,50 @@ def test_a_decoy_that_is_repeated_counts_once(judge: Filter) -> None:
         assert judge.check(text).sensitive
 
 
-def test_a_payload_among_hundreds_of_decoys_in_a_long_text(judge: Filter) -> None:
-    # A decoy for every 400 characters, each another one: more than stage 2 reads of windows of any length.
-    calm = "The sea was calm that day, and nobody on the pier had anything to do but to look at it.\n" * 4
-    decoys = [f"A bomb, a bath bomb, number {number}?\n{calm}" for number in range(250)]
+CALM = "The sea was calm that day, and nobody on the pier had anything to do but to look at it.\n"
+
+
+@pytest.mark.parametrize("decoy", ["A bomb, a bath bomb, number {}?", "Bomb bath bomb {}, and here is more of it."])
+def test_a_payload_among_hundreds_of_decoys_in_a_long_text(judge: Filter, decoy: str) -> None:
+    # A decoy for every 400 characters, each another one: more than stage 2 reads of windows of any kind. They look worse than
+    # what they hide, alone and with their neighbours.
+    texts = [decoy.format(number) for number in range(250)]
+    first = judge._stages[0].logits([texts[0].lower(), f"{texts[0]} {CALM}".lower(), BAD.lower(), f"{BAD} {CALM}".lower()])[:, 0]
+    assert first[0] > first[2] and first[1] > first[3]
+    decoys = [f"{text}\n{CALM * 4}" for text in texts]
     assert judge.check("".join(decoys)).allowed
     for place in (0, 77, 249, 250):
         found = judge.check("".join([*decoys[:place], BAD + "\n", *decoys[place:]]))
         assert found.sensitive, place
+
+
+def test_segments_and_pairs_have_room_of_their_own() -> None:
+    # A pair of which neither half says anything, in a text whose segments and blocks all look worse.
+    whole = "".join(f"line {number:04} of a long text that says nothing, and goes on a little.\n" for number in range(1200))
+    case = _Case(whole)
+    for read_ in case.windows():
+        pair = read_.text.startswith("line 0700") and read_.kind == 1
+        case.suspect(1.0 if pair else -1.0 if read_.kind == 1 else 2.0 + read_.order, read_)
+    read = case.suspects()
+    assert [text for value, (*_, text, kind, _) in read if kind == 1 and value == 1.0]
+    assert [value for value, _ in read] == sorted((value for value, _ in read), reverse=True)
+    texts = [read_.text for _, read_ in read]
+    assert len(set(texts)) == len(texts)
+    kinds = [sum(read_.kind == kind for _, read_ in read) for kind in range(3)]
+    size = len(whole.strip())
+    for kind, (least, per) in enumerate(ROOMS):
+        assert least + size // per <= kinds[kind] <= least + size // per + READS + size // READS_PER
+    assert len(read) <= size / 128
+
+
+def test_what_is_decoded_is_not_crowded_out_by_what_stands_beside_it(judge: Filter) -> None:
+    hidden = apply("base64", BAD, random.Random(0))
+    beside = "A bomb, a bath bomb, right here?"
+    far = [f"A bomb, a bath bomb, number {number}?\n{CALM * 8}" for number in range(120)]
+    text = "".join([*far[:60], f"{beside}\n{hidden}\n{beside[::-1]}\n", *far[60:]])
+    assert judge.check(text.replace(hidden, "")).allowed
+    found = judge.check(text)
+    assert found.sensitive and "base64" in found.view
 
 
 def test_span_in_the_original(judge: Filter) -> None:
@@ -184,6 +220,15 @@ def test_batch_equals_single(judge: Filter, texts: list[str]) -> None:
 def drain(stream: AnswerStream, parts: list[str]) -> str:
     shown = [text for part in parts for text in stream.feed(part)]
     return "".join([*shown, *stream.close()])
+
+
+def test_batch_equals_single_of_long_texts_with_many_readings(judge: Filter) -> None:
+    rng = random.Random(0)
+    parts = [LOOK_ALIKE, GOOD, CALM, "Bomb or bath bomb?", "b o m b bath", apply("base64", LOOK_ALIKE, rng), "murder mystery %41"]
+    texts = ["\n".join(f"{rng.choice(parts)} {rng.randrange(40)}" for _ in range(300)) for _ in range(3)]
+    texts.append(f"{BAD}\n{texts[0][:2000]}")
+    together = judge.check_batch(texts)
+    assert together == [judge.check(text) for text in texts] == judge.check_batch(texts[::-1])[::-1]
 
 
 @given(text=pieces.filter(bool), cuts=st.lists(st.integers(0, 400), max_size=8))

@@ -37,6 +37,10 @@ def test_windows_are_segments_pairs_and_blocks(whole: str) -> None:
     assert all(a in edges and b in edges and b - a <= BLOCK for a, b in found)
     assert [a for a, _ in found] == sorted(a for a, _ in found)
     assert sum(b - a for a, b in found) <= 6 * len(whole) + 2 * BLOCK
+    # Of one start the segment, the pair, the block: the filter tells the kinds by their order.
+    pairs = [Window(a.start, b.end) for a, b in itertools.pairwise(parts)]
+    for at, part in enumerate(parts):
+        assert [window for window in found if window.start == part.start][:2] == [part, *pairs[at : at + 1]]
 
 
 @given(text)
