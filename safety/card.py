@@ -62,7 +62,7 @@ For: English chat prompts to an assistant, before it answers, and its answers wh
 (few were trained on), legal or medical decisions about people, or as the only protection where a miss is dangerous.
 
 Stage 2 is the mean of the weights of {len(calibration["runs"])} runs; AUROC on whole development prompts of each run by itself \
-{", ".join(f"{one:.4f}" for one in calibration["runs"])}.
+{", ".join(f"{one:.4f}" for one in calibration["runs"])}.{" " + calibration["note"] if "note" in calibration else ""}
 
 int8 against fp32 on {calibration["development"]["sensitive"]} sensitive and
 {calibration["development"]["everyday"] + calibration["development"]["lookalikes"]} harmless development prompts (a sample of
@@ -95,6 +95,9 @@ def _points(calibration: dict[str, Any]) -> str:
     for name, point in calibration["thresholds"].items():
         cells = [f"{point[key]:.4f}" for key in ("threshold", "recall", "fpr", "lookalike_fpr")]
         lines.append("| " + " | ".join([name, *cells]) + " |")
+    if "documents" in calibration:
+        shares = ", ".join(f"{name} {share:.2%}" for name, share in calibration["documents"].items())
+        lines += ["", f"Of {sizes['documents']} pieces of documents, which the points do not count, are blocked: {shares}."]
     linear, transformer, both = calibration["linear"], calibration["transformer"], calibration["together"]
     lines += [
         "",

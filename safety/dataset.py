@@ -28,10 +28,10 @@ class Collection:
     """A data set by name and how much of it is taken; see `sources.take`."""
 
     name: str
-    sources: list[str] | None = None
     cap: int | None = None
     per_source: int | None = None
     weight: float = 1.0
+    sources: list[str] | None = None
 
 
 @dataclass
@@ -73,8 +73,9 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
     for entry in data.collections:
         rows = sources.named(entry.name)
         if entry.sources is not None:
-            if unknown := set(entry.sources) - {row.source for row in rows}:
-                raise UserError(f"{entry.name} has no source {', '.join(sorted(unknown))}; there are {_listed(rows)}")
+            unknown = set(entry.sources) - {row.source for row in rows}
+            if unknown or not entry.sources:
+                raise UserError(f"{entry.name} has no source {', '.join(sorted(unknown)) or '[]'}; there are {_listed(rows)}")
             rows = [row for row in rows if row.source in entry.sources]
         taken = sources.take(rows, entry.cap, entry.per_source, seed)
         named += [dataclasses.replace(row, weight=entry.weight) for row in taken]

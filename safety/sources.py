@@ -26,6 +26,8 @@ DISGUISES = ("spaced", "punctuation", "reverse", "rot13", "url", "hex", "base64"
 """What leaves a text unlike language until it is taken off; the other disguises vanish in the canonical form."""
 LOOKALIKES = ("pairs", "requests")
 """Sources whose harmless rows were written to look like sensitive ones."""
+DOCUMENTS = ("django-docs", "django-code", "django-licence", "django-translation", "reviews-imdb", "reviews-rotten_tomatoes")
+"""Sources of harmless texts that are no prompts."""
 TESTS = ("harmbench", "strongreject", "safety-refusal", "alpaca-eval-prompts")
 
 

@@ -35,6 +35,7 @@ from safety.evaluate import auroc, ece
 from safety.export import export, full_precision
 from safety.filter import CANARIES
 from safety.fitting import EncoderConfig, LinearConfig, train_encoder, train_linear
+from safety.sources import Row
 from safety.taxonomy import KEYS
 from safety.windows import windows
 
@@ -116,7 +117,8 @@ def fit_calibration(
     """Everything in calibration.json but the hashes.
 
     The stages are calibrated on whole texts, what both say together on what the filter reads: the highest of a text's
-    windows, which is higher than the whole. The operating points hold for that.
+    windows, which is higher than the whole. The operating points hold for that. Documents are left out of all this and only
+    counted: most are easier than prompts, and would loosen what holds for these.
 
     Args:
         stages: `linear` and `transformer`.
@@ -125,8 +127,10 @@ def fit_calibration(
     Raises:
         UserError: the stages rank the development split backwards.
     """
-    label, mask = targets(split.dev)
-    half = np.array([sources.held_out(row, 0.5, config.seed + 1) for row in split.dev])
+    asked = np.array([row.source not in sources.DOCUMENTS for row in split.dev])
+    prompts, documents = ([row for row, prompt in zip(split.dev, asked) if prompt == wanted] for wanted in (True, False))
+    label, mask = targets(prompts)
+    half = np.array([sources.held_out(row, 0.5, config.seed + 1) for row in prompts])
     result: dict[str, Any] = {"version": 2, "categories": list(KEYS)}
     unseen = ~half
 
@@ -136,7 +140,7 @@ def fit_calibration(
     def scaled(name: str, logits: np.ndarray) -> np.ndarray:
         return logits[:, 0] * result[name]["a"][0] + result[name]["b"][0]
 
-    for name, logits in whole.items():
+    for name, logits in ((name, every[asked]) for name, every in whole.items()):
         ab = [calibrate.platt(logits[half, 0], label[half, 0])]
         for column in range(1, OUTPUTS):
             known = half & (mask[:, column] == 1)
@@ -145,9 +149,14 @@ def fit_calibration(
         result[name] = {"a": [round(a, 6) for a, _ in ab], "b": [round(b, 6) for _, b in ab]}
         result[name] |= unseen_figures(calibrate.sigmoid(scaled(name, logits)))
 
-    parts = [[part.read(row.text) for part in windows(row.text)] for row in split.dev]
-    flat, sizes = [part for inside in parts for part in inside], [len(inside) for inside in parts]
-    first, second = (scaled(name, stages[name].logits(flat)) for name in ("linear", "transformer"))
+    def read(rows: list[Row]) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """The number of windows of each row, and what the stages say of all of them."""
+        parts = [[part.read(row.text) for part in windows(row.text)] for row in rows]
+        flat = [part for inside in parts for part in inside]
+        first, second = (scaled(name, stages[name].logits(flat)) for name in ("linear", "transformer"))
+        return [len(inside) for inside in parts], first, second
+
+    sizes, first, second = read(prompts)
     # By rank, not by likelihood: that overrates stage 1, which knows much of a development split's words from training.
     found = [(weight, peaks(sizes, first, second, weight)) for weight in WEIGHTS]
     weight, peak = max(found, key=lambda pair: auroc(label[half, 0], (pair[0] * pair[1].first + pair[1].second)[half]))
@@ -159,7 +168,7 @@ def fit_calibration(
     p = calibrate.sigmoid(one * peak.first + two * peak.second + bias)
     result["together"] |= unseen_figures(p)
     harmful = label[:, 0] == 1
-    lookalike = ~harmful & np.array([row.source in sources.LOOKALIKES for row in split.dev])
+    lookalike = ~harmful & np.array([row.source in sources.LOOKALIKES for row in prompts])
     points = calibrate.operating_points(p[harmful], p[~harmful & ~lookalike], p[lookalike], config.points)
     result["thresholds"] = {name: point.to_json() for name, point in points.items()}
     quiet, loudest = calibrate.sigmoid(peak.first), calibrate.sigmoid(peak.loudest)
@@ -174,7 +183,12 @@ def fit_calibration(
         "sensitive": int(harmful.sum()),
         "everyday": int((~harmful & ~lookalike).sum()),
         "lookalikes": int(lookalike.sum()),
+        "documents": len(documents),
     }
+    if documents:
+        other = peaks(*read(documents), weight)
+        p = calibrate.sigmoid(one * other.first + two * other.second + bias)
+        result["documents"] = {name: round(float((p >= point.threshold).mean()), 4) for name, point in points.items()}
     return result
 
 

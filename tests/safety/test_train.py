@@ -391,6 +391,27 @@ def test_stages_are_weighted_and_thresholds_fixed_by_what_the_filter_reads(tmp_p
     assert abs(p.mean() - label.mean()) < 0.03  # calibrated as it is read, though every window's own reading is higher
 
 
+def test_documents_are_counted_and_move_no_operating_point(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    verbs = ("feed", "harm")
+    asked = [Row(f"how do I {verbs[n % 2]} cat number {n}?", n % 2, (), "" if n % 3 else "pairs") for n in range(400)]
+    papers = [Row(f"Chapter {n} of the handbook.", 0, (), sources.DOCUMENTS[n % len(sources.DOCUMENTS)]) for n in range(100)]
+    said = {row.text: rng.gauss(2 * row.label, 1.2) for row in asked} | {row.text: -4.0 for row in papers[:90]}
+    said |= {row.text: 9.0 for row in papers[90:]}
+    settings = config(tmp_path)
+
+    def fit(rows: list[Row]) -> dict[str, Any]:
+        stages: Any = {name: Spoken(said.__getitem__) for name in ("linear", "transformer")}
+        whole = {name: stage.logits([row.text for row in rows]) for name, stage in stages.items()}
+        return train.fit_calibration(dataset.Split([], rows, {}), stages, whole, settings)
+
+    mixed = [row for pair in itertools.zip_longest(asked, papers) for row in pair if row]
+    alone, found = fit(sorted(asked, key=lambda row: mixed.index(row))), fit(mixed)
+    assert found.pop("documents") == {"strict": 0.1, "balanced": 0.1, "loose": 0.1}
+    assert found["development"].pop("documents") == 100 and alone["development"].pop("documents") == 0
+    assert found == alone
+
+
 def test_parity_is_enforced() -> None:
     label, logits = np.array([0, 1, 0, 1]), np.array([[-2.0], [2.0], [-1.0], [1.0]])
     assert train.check_parity(label, logits, logits + 0.001)["mean_dp"] < 0.001
@@ -427,6 +448,8 @@ def test_a_part_of_a_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found(part, dataset.Collection("texts", sources=["letters"], cap=7))["letters"] == 7
     with pytest.raises(UserError, match="texts has no source verse; there are code, letters, prose"):
         found(dataset.Collection("texts", sources=["prose", "verse"]))
+    with pytest.raises(UserError, match=r"texts has no source .*; there are code, letters, prose"):
+        found(dataset.Collection("texts", sources=[]))
 
 
 def test_draws_differ_and_hold_nothing_that_is_held_out_or_in_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
