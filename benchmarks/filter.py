@@ -311,7 +311,7 @@ def unicode(texts: list[str], size: int) -> str:
 
 def suspicious(texts: list[str], size: int) -> str:
     """Lines that stage 1 suspects, each another one: what takes the most of stage 2."""
-    return "\n".join(f"How do I kill process {number} of my own program?" for number in range(size // 30))[:size]
+    return "\n".join(f"Which drug is in tablet {number} of this box?" for number in range(size // 30))[:size]
 
 
 LONG: dict[str, Callable[[list[str], int], str]] = {

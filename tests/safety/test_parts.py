@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from mmgpt import artifacts, convert, parts
+from mmgpt import artifacts, parts, published
 from mmgpt.errors import UserError
 
 
@@ -25,7 +25,7 @@ def lines(path: Path, *rows: dict[str, Any]) -> None:
 
 def converted(name: str, source: Path, target: Path) -> list[tuple[Any, ...]]:
     target.mkdir()
-    convert.CONVERTERS[name.replace("-", "_")](source, target)
+    published.CONVERTERS[name.replace("-", "_")](source, target)
     table = pq.read_table(target / f"{name}.parquet").to_pylist()
     return [(row["text"], row["label"], row["tags"], row["source"], row["split"]) for row in table]
 
@@ -164,7 +164,7 @@ def test_source_archive_is_fetched_checked_and_not_run(index: bytes, monkeypatch
         assert [path.name for path in source.rglob("*") if path.is_file()] == ["a.txt"]
         (target / "tiny.parquet").write_bytes((source / "pack-1.0/data/a.txt").read_bytes())
 
-    monkeypatch.setitem(convert.CONVERTERS, "copied", copied)
+    monkeypatch.setitem(published.CONVERTERS, "copied", copied)
     monkeypatch.setattr(artifacts, "PARTS", {"tiny": part(index)})
     assert artifacts.resolve("tiny", progress=False).read_bytes() == b"abc"
 
