@@ -1,7 +1,9 @@
 """Settings of every test. Modules beside this file (`tiny_models`, `nano_runs`) can be imported from all of them."""
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,3 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("search", deadline=None, max_examples=500)
 settings.register_profile("mmgpt", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("mmgpt")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """What a converter reads and what it writes into, both empty."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    return source, target

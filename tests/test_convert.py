@@ -12,14 +12,6 @@ from safetensors.torch import load_file, save_file
 from mmgpt import convert
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> tuple[Path, Path]:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    return source, target
-
-
 def byte_alphabet() -> list[str]:
     from tokenizers.pre_tokenizers import ByteLevel
 

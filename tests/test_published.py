@@ -20,14 +20,6 @@ def converted(name: str, source: Path, target: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> tuple[Path, Path]:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    return source, target
-
-
 def test_fruit_keeps_each_picture_once_and_in_one_split(folders: tuple[Path, Path]) -> None:
     source, target = folders
     rows = [
