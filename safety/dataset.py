@@ -21,6 +21,8 @@ from safety.sources import Row
 from safety.taxonomy import KEYS
 
 OUTPUTS = 1 + len(KEYS)
+OTHERS = {"documents": 4}
+"""Windows that are learnt of a harmless text beside its first, by source; of others one. These are few and unlike each other."""
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Data:
     own: list[str] = field(default_factory=list)
     pairs: str | None = None
     requests: str | None = None
+    documents: str | None = None
     pair_weight: float = 2.0
     per_act: int = 3
     augment: float = 0.25
@@ -79,6 +82,7 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
             rows = [row for row in rows if row.source in entry.sources]
         taken = sources.take(rows, entry.cap, entry.per_source, seed)
         named += [dataclasses.replace(row, weight=entry.weight) for row in taken]
+    named += sources.documents(Path(data.documents) if data.documents else None)
     tests = canonical([row for name in data.tests for row in sources.named(name)])
     pairs, named = canonical(pairs), canonical(named)
     overlaps: dict[str, bool] = {}
@@ -119,10 +123,10 @@ def _listed(rows: Sequence[Row]) -> str:
     return ", ".join(sorted({row.source for row in rows}))
 
 
-def as_read(rows: list[Row], rng: random.Random, most: int = 1) -> list[Row]:
+def as_read(rows: list[Row], rng: random.Random) -> list[Row]:
     """Rows with what the filter reads of a text: it reads windows, and blocks a text for its worst.
 
-    Every window of an everyday text is harmless: of one that has several, its first block and at most `most` others at random,
+    Every window of an everyday text is harmless: of one that has several, its first block and one other at random (`OTHERS`),
     of short ones too: a question that leans on the sentence before it ("How would I do that?") says little by itself. A sentence
     of a sensitive text may be harmless by itself, and one of a look-alike (a threat that is quoted, a plan that is a game's)
     sensitive: of these, if they are long, the first block, and one more at random. What pads a text is read as that text is.
@@ -131,14 +135,16 @@ def as_read(rows: list[Row], rng: random.Random, most: int = 1) -> list[Row]:
 
     out = []
     for row in rows:
-        everyday = row.label == 0 and row.source.split("+")[0] not in sources.LOOKALIKES
+        source, made = row.source.partition("+")[::2]
+        everyday = row.label == 0 and source not in sources.LOOKALIKES
         parts = [part for part in windows(row.text) if everyday or part.end - part.start > SEGMENT]
         if len(parts) < 2 or (not everyday and len(row.text) <= SEGMENT):
             out.append(dataclasses.replace(row, text=row.text[:BLOCK]))
             continue
         first = max(parts, key=lambda part: (part.start == 0, part.end))
         others = [part for part in parts if part != first]
-        chosen = [first, *rng.sample(others, min(most if everyday else 1, len(others)))]
+        most = 1 if made else OTHERS.get(source, 1)
+        chosen = [first, *rng.sample(others, min(most, len(others)))]
         out += [dataclasses.replace(row, text=part.read(row.text)) for part in sorted(chosen)]
     return out
 

@@ -376,17 +376,18 @@ def _run(
 
     model = Tuned()
     keep = ModelCheckpoint(last.parent, filename=last.stem, enable_version_counter=False)
-    trainer = _trainer(config.epochs * slices, precision="bf16-mixed", gradient_clip_val=1.0, callbacks=[keep])
+    options: dict[str, Any] = {"precision": "bf16-mixed", "gradient_clip_val": 1.0, "callbacks": [keep]}
+    trainer = _trainer(config.epochs * slices, accelerator="cuda" if torch.cuda.is_available() else "cpu", **options)
     trainer.fit(model, ckpt_path=str(last) if last.exists() else None, weights_only=False)
-    return model.encoder
+    return model.encoder.cpu()
 
 
-def _trainer(epochs: int, **options: Any) -> Any:
+def _trainer(epochs: int, accelerator: str = "cpu", **options: Any) -> Any:
     import lightning as L
 
     options.setdefault("enable_checkpointing", "callbacks" in options)
     return L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=1,
         max_epochs=epochs,
         reload_dataloaders_every_n_epochs=1,

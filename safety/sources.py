@@ -26,7 +26,10 @@ DISGUISES = ("spaced", "punctuation", "reverse", "rot13", "url", "hex", "base64"
 """What leaves a text unlike language until it is taken off; the other disguises vanish in the canonical form."""
 LOOKALIKES = ("pairs", "requests")
 """Sources whose harmless rows were written to look like sensitive ones."""
-DOCUMENTS = ("django-docs", "django-code", "django-licence", "django-translation", "reviews-imdb", "reviews-rotten_tomatoes")
+DOCUMENTS = (
+    *("documents", "django-docs", "django-code", "django-licence", "django-translation"),
+    *("reviews-imdb", "reviews-rotten_tomatoes"),
+)
 """Sources of harmless texts that are no prompts."""
 TESTS = ("harmbench", "strongreject", "safety-refusal", "alpaca-eval-prompts")
 
@@ -106,6 +109,17 @@ def pairs(folder: Path | None = None) -> list[Row]:
             group = f"{path.stem}:{number}"
             rows.append(Row(value["sensitive"], 1, (value["category"],), "pairs", group))
             rows.append(Row(value["harmless"], 0, (), "pairs", group))
+    return rows
+
+
+def documents(folder: Path | None = None) -> list[Row]:
+    """The documents of this project: harmless texts of many trades, most of which speak of dangerous things."""
+    rows = []
+    for path in sorted((folder or HERE / "data" / "documents").glob("*.jsonl")):
+        for number, value in _lines(path):
+            if not isinstance(value.get("text"), str) or not value["text"].strip():
+                raise UserError(f"{path}:{number}: a document has a `text` that is not empty")
+            rows.append(Row(value["text"], 0, (), "documents", f"{path.stem}:{number}"))
     return rows
 
 
@@ -400,16 +414,18 @@ def augment(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 
     noise      a few typing errors; letters in spaced or hyphenated words
     padding    a harmless text before or after a prompt: a sensitive part makes the whole sensitive
-    inside     the end of a harmless text before a prompt and the beginning of one behind it: what is hidden within a sentence
+    inside     some words of a harmless text before a prompt and some of another behind it: what is hidden within a sentence.
+               A look-alike's half may be no look-alike any more: of these none
     suffix     tokens without meaning after a prompt, as gradient-based attacks add (Zou et al. 2023), to both labels
     disguise   a harmless prompt in one of `DISGUISES`. The filter reads a disguised text as it stands and as what it hides; a
                sensitive one is found in what it hides, and what stands there must not be held against everybody who writes so
     """
     rng = random.Random(seed)
     harmless = [row.text for row in rows if row.label == 0 and 20 < len(row.text) < 400]
+    around = [row.text for row in rows if row.label == 0 and len(row.text) > 20 and row.source not in LOOKALIKES]
     short = [row for row in rows if len(row.text) < 300]
     tame = [row for row in short if row.label == 0]
-    if not tame or not harmless:
+    if not tame or not harmless or not around:
         return []
     words = sorted({word for text in harmless for word in re.findall(r"[A-Za-z]{3,9}", text)})
     out = []
@@ -425,12 +441,20 @@ def augment(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
             other, joint = rng.choice(harmless), rng.choice(("\n\n", "\n", " ", " Also: ", "\n---\n", ". By the way, "))
             text = row.text + joint + other if rng.random() < 0.5 else other + joint + row.text
         elif kind == "inside":
-            before, behind = (rng.choice(harmless).split() for _ in range(2))
-            text = " ".join([*before[-rng.randint(2, 12) :], row.text, *behind[: rng.randint(2, 12)]])
+            before, behind = (_stretch(rng.choice(around), rng) for _ in range(2))
+            text = f"{before} {row.text} {behind}"
         else:
             text = row.text + " " + _gibberish(words, rng)
         out.append(replace(row, text=text, source=f"{row.source}+{kind}"))
     return out
+
+
+def _stretch(text: str, rng: random.Random) -> str:
+    """2 to 12 words that follow each other in a text."""
+    words = text.split()
+    count = rng.randint(2, 12)
+    start = rng.randrange(max(len(words) - count, 0) + 1)
+    return " ".join(words[start : start + count])
 
 
 def noise(text: str, rng: random.Random) -> str:

@@ -205,6 +205,35 @@ def test_augmentation_is_deterministic_and_keeps_labels() -> None:
     assert augment([], 10, 0) == [] and augment([row for row in rows if row.label], 10, 0) == []
 
 
+def test_a_request_is_hidden_in_what_is_harmless_in_parts_too() -> None:
+    rows = [Row(f"request number {n:02}", n % 2, (), "pairs") for n in range(20)]
+    rows += [Row(f"alike-{n} " * 30, 0, (), "requests") for n in range(20)]
+    rows += [Row(" ".join(f"plain-{n}-{word}" for word in range(300)), 0, (), "documents") for n in range(20)]
+    hidden = [row.text.split() for row in augment(rows, 400, 0) if row.source == "pairs+inside"]
+    ends = [(words[0], words[-1]) for words in hidden if "alike" not in " ".join(words[1:-1])]
+    assert len(ends) > 20 and all(word.startswith("plain-") for pair in ends for word in pair)
+    # From anywhere in the document, not its first words only.
+    assert len({word.rsplit("-", 1)[1] for pair in ends for word in pair}) > 20
+
+
+def test_documents_are_many_harmless_and_none_of_the_unseen_ones() -> None:
+    rows = sources.documents()
+    names = [sources.key(row.text) for row in rows]
+    assert len(rows) >= 1500 and len(set(names)) == len(names) and len({row.group for row in rows}) == len(rows)
+    assert {(row.label, row.categories, row.source) for row in rows} == {(0, (), "documents")}
+    unseen = [*(sources.HERE / "data" / "unseen").glob("*.jsonl")]
+    tests = [row for path in unseen for row in sources.read_jsonl(path)]
+    # Stock phrases of eight words are everybody's: "safety data sheet according to regulation EC no".
+    assert tests and not any(sources.overlaps(rows, tests, words=13))
+
+
+@pytest.mark.parametrize("line", ['{"kind": "contract"}', '{"text": " "}', '{"text": 3}'])
+def test_a_document_without_a_text_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "law.jsonl").write_text('{"text": "one"}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"law.jsonl:2: a document has a `text`"):
+        sources.documents(tmp_path)
+
+
 @given(st.text(min_size=1, max_size=80), st.integers(0, 100))
 def test_noise_changes_little(text: str, seed: int) -> None:
     changed = sources.noise(text, random.Random(seed))

@@ -79,12 +79,13 @@ def rows(count: int, seed: int) -> list[dict[str, object]]:
 def config(folder: Path, **changes: object) -> train.Config:
     own = folder / "own.jsonl"
     own.write_text("".join(json.dumps(row) + "\n" for row in rows(400, 0)))
-    pairs, requests = folder / "pairs", folder / "requests.yaml"
+    pairs, requests, documents = folder / "pairs", folder / "requests.yaml", folder / "documents"
     pairs.mkdir()
+    documents.mkdir()
     lines = [{"category": "code_abuse", "sensitive": f"make malware {n}", "harmless": f"make music {n}"} for n in range(60)]
     (pairs / "code_abuse.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     requests.write_text("words: {}\nframings: {}\nsensitive: {}\nharmless: {}\nattacks: {}\neveryday: []\n")
-    data = dataset.Data(own=[str(own)], pairs=str(pairs), requests=str(requests), tests=[], holdout=0.3)
+    data = dataset.Data(own=[str(own)], pairs=str(pairs), requests=str(requests), documents=str(documents), tests=[], holdout=0.3)
     settings = {
         "data": data,
         "linear": fitting.LinearConfig(bits=12, epochs=6, lr=0.2),
@@ -331,6 +332,12 @@ def test_a_short_everyday_text_is_also_read_sentence_by_sentence() -> None:
     everyday, *others = ({row.text for rows in made[at : at + 20] for row in rows} for at in range(0, 80, 20))
     assert everyday == {text, *text.split(". ")[1:], text.split(". ")[0] + "."} and others == [{text}] * 3
     assert all(len(rows) == 2 and any(row.text == text for row in rows) for rows in made[:20])
+
+
+def test_of_a_document_more_is_read_than_of_another_harmless_text() -> None:
+    text = " ".join(f"This is sentence number {n} of a long text about gardens." for n in range(40))
+    kinds = ("documents", "instructlab", "documents+padding")
+    assert [len(dataset.as_read([Row(text, 0, (), kind)], random.Random(0))) for kind in kinds] == [5, 2, 2]
 
 
 def test_peaks_are_the_windows_with_the_highest_sum() -> None:
