@@ -22,7 +22,8 @@ from safety.taxonomy import KEYS
 
 OUTPUTS = 1 + len(KEYS)
 OTHERS = {"documents": 4}
-"""Windows that are learnt of a harmless text beside its first, by source; of others one. These are few and unlike each other."""
+"""How many windows of a harmless text are learnt beside the first, by source; of all other sources, and of augmented copies, one.
+This project's documents are few, and unlike each other."""
 
 
 @dataclass
@@ -126,7 +127,7 @@ def _listed(rows: Sequence[Row]) -> str:
 def as_read(rows: list[Row], rng: random.Random) -> list[Row]:
     """Rows with what the filter reads of a text: it reads windows, and blocks a text for its worst.
 
-    Every window of an everyday text is harmless: of one that has several, its first block and one other at random (`OTHERS`),
+    Every window of an everyday text is harmless: of one that has several, its first block and others at random (`OTHERS`),
     of short ones too: a question that leans on the sentence before it ("How would I do that?") says little by itself. A sentence
     of a sensitive text may be harmless by itself, and one of a look-alike (a threat that is quoted, a plan that is a game's)
     sensitive: of these, if they are long, the first block, and one more at random. What pads a text is read as that text is.

@@ -288,7 +288,7 @@ def train_encoder(
 
 
 def _content(draws: Sequence[Sequence[Row]], config: EncoderConfig, seed: int, folder: Path, spec: dict[str, Any]) -> str:
-    """A name for what the runs depend on: equal where they would come out equal."""
+    """A name for what the runs depend on: equal where they would come out equal, but for rounding on another processor."""
     digest = hashlib.sha256(repr((RECIPE, seed, KEYS, dataclasses.replace(config, name="", length=0, runs=0), spec)).encode())
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.read_bytes())

@@ -27,8 +27,13 @@ DISGUISES = ("spaced", "punctuation", "reverse", "rot13", "url", "hex", "base64"
 LOOKALIKES = ("pairs", "requests")
 """Sources whose harmless rows were written to look like sensitive ones."""
 DOCUMENTS = (
-    *("documents", "django-docs", "django-code", "django-licence", "django-translation"),
-    *("reviews-imdb", "reviews-rotten_tomatoes"),
+    "documents",
+    "django-docs",
+    "django-code",
+    "django-licence",
+    "django-translation",
+    "reviews-imdb",
+    "reviews-rotten_tomatoes",
 )
 """Sources of harmless texts that are no prompts."""
 TESTS = ("harmbench", "strongreject", "safety-refusal", "alpaca-eval-prompts")
@@ -113,7 +118,13 @@ def pairs(folder: Path | None = None) -> list[Row]:
 
 
 def documents(folder: Path | None = None) -> list[Row]:
-    """The documents of this project: harmless texts of many trades, most of which speak of dangerous things."""
+    """The documents of this project: harmless texts of many trades, most of which speak of dangerous things.
+
+    Raises:
+        UserError: there is no such folder, or a line has no text.
+    """
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"{folder} is no folder of documents")
     rows = []
     for path in sorted((folder or HERE / "data" / "documents").glob("*.jsonl")):
         for number, value in _lines(path):
@@ -415,7 +426,7 @@ def augment(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     noise      a few typing errors; letters in spaced or hyphenated words
     padding    a harmless text before or after a prompt: a sensitive part makes the whole sensitive
     inside     some words of a harmless text before a prompt and some of another behind it: what is hidden within a sentence.
-               A look-alike's half may be no look-alike any more: of these none
+               Not of a look-alike, where there is anything else: half of one may be harmful by itself
     suffix     tokens without meaning after a prompt, as gradient-based attacks add (Zou et al. 2023), to both labels
     disguise   a harmless prompt in one of `DISGUISES`. The filter reads a disguised text as it stands and as what it hides; a
                sensitive one is found in what it hides, and what stands there must not be held against everybody who writes so
@@ -423,9 +434,10 @@ def augment(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     rng = random.Random(seed)
     harmless = [row.text for row in rows if row.label == 0 and 20 < len(row.text) < 400]
     around = [row.text for row in rows if row.label == 0 and len(row.text) > 20 and row.source not in LOOKALIKES]
+    around = around or harmless
     short = [row for row in rows if len(row.text) < 300]
     tame = [row for row in short if row.label == 0]
-    if not tame or not harmless or not around:
+    if not tame or not harmless:
         return []
     words = sorted({word for text in harmless for word in re.findall(r"[A-Za-z]{3,9}", text)})
     out = []

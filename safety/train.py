@@ -280,7 +280,7 @@ def execute(config: Config) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     config = parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # of MiniLM's file the pooler is not used, and it says so every time
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers reports MiniLM's unused pooler at every load
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(does not have many workers|treespec|Checkpoint directory|in eval mode).*")

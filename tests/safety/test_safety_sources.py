@@ -232,6 +232,8 @@ def test_a_document_without_a_text_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "law.jsonl").write_text('{"text": "one"}\n' + line + "\n")
     with pytest.raises(UserError, match=r"law.jsonl:2: a document has a `text`"):
         sources.documents(tmp_path)
+    with pytest.raises(UserError, match="is no folder of documents"):
+        sources.documents(tmp_path / "none")
 
 
 @given(st.text(min_size=1, max_size=80), st.integers(0, 100))

@@ -220,6 +220,14 @@ def test_runs_on_draws_start_as_one_and_are_averaged(tmp_path: Path) -> None:
     assert all(0 < (one - other).abs().mean() < 0.01 for one, other in itertools.pairwise(heads))
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_stage_2_takes_a_gpu_where_there_is_one(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(fitting, "_trainer", lambda epochs, accelerator="cpu", **options: pytest.fail(f"on {accelerator}"))
+    with pytest.raises(pytest.fail.Exception, match="on cuda" if there else "on cpu"):
+        fitting.train_encoder([drawn(20, 1)], encoder_config(tiny_encoder(tmp_path / "encoder"), epochs=1), 0, tmp_path / "runs")
+
+
 @pytest.mark.parametrize(
     "change", ["none", "label", "categories", "weight", "draw", "seed", "lr", "encoder", "taxonomy", "length"]
 )
