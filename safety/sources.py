@@ -433,8 +433,7 @@ def augment(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """
     rng = random.Random(seed)
     harmless = [row.text for row in rows if row.label == 0 and 20 < len(row.text) < 400]
-    around = [row.text for row in rows if row.label == 0 and len(row.text) > 20 and row.source not in LOOKALIKES]
-    around = around or harmless
+    around = [row.text for row in rows if row.label == 0 and len(row.text) > 20 and row.source not in LOOKALIKES] or harmless
     short = [row for row in rows if len(row.text) < 300]
     tame = [row for row in short if row.label == 0]
     if not tame or not harmless:

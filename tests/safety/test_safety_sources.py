@@ -232,6 +232,9 @@ def test_a_document_without_a_text_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "law.jsonl").write_text('{"text": "one"}\n' + line + "\n")
     with pytest.raises(UserError, match=r"law.jsonl:2: a document has a `text`"):
         sources.documents(tmp_path)
+
+
+def test_a_folder_of_documents_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no folder of documents"):
         sources.documents(tmp_path / "none")
 
