@@ -32,6 +32,7 @@ exit codes:
 examples:
   cat prompts.txt | python -m safety
   python -m safety --field prompt --pass --rejected blocked.jsonl requests.jsonl > allowed.jsonl
+  python -m safety --field messages chat.jsonl
 """
 
 READ = 1 << 16  # bytes of input that are judged together at most
@@ -57,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("files", nargs="*", metavar="FILE", help="files to read, - is stdin (default)")
-    add("--field", metavar="NAME", help="lines are JSON objects; judge this field of them")
+    add("--field", metavar="NAME", help="lines are JSON objects; judge this field: a text, or a list of messages")
     add("--pass", dest="only_pass", action="store_true", help="write the lines that are allowed, unchanged, instead of verdicts")
     add("--rejected", metavar="FILE", help="write the other lines, unchanged, to this file")
     add("--operating_point", choices=POINTS, default="balanced", help="how much is blocked (default: balanced)")
@@ -136,8 +137,12 @@ def judge(found: Filter, lines: Sequence[bytes | None], field: str | None) -> li
     texts: list[Any] = []
     for line in lines:
         text, reason = (None, "too_long") if line is None else text_of(line, field)
-        verdicts.append(found.blocked(found.problem or reason) if reason else None)
-        if not reason:
+        if reason:
+            verdicts.append(found.blocked(found.problem or reason))
+        elif isinstance(text, list):
+            verdicts.append(found.check_conversation(text))
+        else:
+            verdicts.append(None)
             texts.append(text)
     judged = iter(found.check_batch(texts))
     return [next(judged) if verdict is None else verdict for verdict in verdicts]

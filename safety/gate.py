@@ -92,7 +92,7 @@ class Gate:
 
         What comes out, joined, is what went in as long as nothing is found; wherever the pieces are cut, the same is found.
         Then everything still held is dropped, the refusal comes out, and the stream ends. An exception of `pieces` itself
-        passes through, and what was held is dropped.
+        passes through, and what was held is dropped; the log has a line "cut" then, and where the reader stops before the end.
 
         Returns:
             (As the generator's return value) the verdict on the answer.
@@ -100,15 +100,19 @@ class Gate:
         checker = self.filter.answer_stream()
         said: list[str] = []
         released = False
-        for piece in pieces:
-            cleared = self._step(checker, lambda piece=piece: list(checker.feed(piece)))  # type: ignore[misc]
-            if isinstance(piece, str):
-                said.append(piece)
-            if checker.verdict.sensitive:
-                break
-            for text in cleared:
-                released = True
-                yield text
+        try:
+            for piece in pieces:
+                cleared = self._step(checker, lambda piece=piece: list(checker.feed(piece)))  # type: ignore[misc]
+                if isinstance(piece, str):
+                    said.append(piece)
+                if checker.verdict.sensitive:
+                    break
+                for text in cleared:
+                    released = True
+                    yield text
+        except BaseException:
+            self._decided("cut", checker.verdict, lambda: "".join(said))
+            raise
         rest = [] if checker.verdict.sensitive or not said else self._step(checker, lambda: list(checker.close()))
         verdict = self._decided("answer", checker.verdict, lambda: "".join(said))
         if verdict.allowed:

@@ -77,6 +77,26 @@ def test_fields_of_json(weights: Path, tmp_path: Path) -> None:
     assert out == json.dumps(rows[0]).encode() + b"\n"
 
 
+def test_a_field_of_messages_is_a_conversation(weights: Path) -> None:
+    def turn(text: object) -> dict[str, object]:
+        return {"role": "user", "content": text}
+
+    talks: list[object] = [
+        [turn(GOOD), {"role": "assistant", "content": [{"type": "text", "text": BAD}]}],
+        [turn(GOOD), turn(GOOD)],
+        GOOD,
+        [turn(None)],
+        [GOOD],
+        [],
+    ]
+    lines = "".join(json.dumps({"messages": talk, "model": "any"}) + "\n" for talk in talks)
+    code, out, _ = ask(lines.encode(), "--weights", str(weights), "--field", "messages")
+    found = [json.loads(line) for line in out.splitlines()]
+    reasons = [verdict["reason"] for verdict in found]
+    assert code == 0 and reasons == ["indiscriminate_weapons", "clear", "clear", "bad_messages", "bad_messages", "bad_messages"]
+    assert found[0] == {"line": 1, **Filter(weights=weights).check_conversation(talks[0]).to_json()}
+
+
 def test_several_files_are_numbered_through(weights: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(f"{GOOD}\n{BAD}\n")

@@ -203,6 +203,28 @@ def test_a_salt_that_is_none(tmp_path: Path) -> None:
         AuditLog(tmp_path / "audit.jsonl").salt()
 
 
+@pytest.mark.parametrize("ends", ["reader", "model"])
+def test_an_answer_that_is_cut_short_is_logged(ends: str, weights: Path, tmp_path: Path) -> None:
+    gate = Gate(weights=weights, audit=tmp_path / "audit.jsonl", log_text=True)
+    pieces = [GOOD + " ", GOOD + " ", GOOD + " ", GOOD + " "]
+
+    def model() -> Iterator[str]:
+        yield from pieces
+        raise RuntimeError("out of memory")
+
+    stream = gate.stream([{"role": "user", "content": GOOD}], model())
+    assert next(stream)
+    if ends == "reader":
+        stream.close()
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(stream)
+    [line] = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert (line["event"], line["allowed"], line["reason"]) == ("cut", True, "clear")
+    read = line["text"]
+    assert "".join(pieces) == read if ends == "model" else "".join(pieces).startswith(read) and GOOD in read
+
+
 def test_what_a_line_of_the_log_holds(weights: Path, tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     gate = Gate("strict", weights=weights, audit=path, log_text=True)
