@@ -105,9 +105,13 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def pairs(folder: Path | None = None) -> list[Row]:
-    """The contrast pairs: two rows each, in one group."""
+    """The contrast pairs: two rows each, in one group.
+
+    Raises:
+        UserError: there is no such folder, or a line is no pair.
+    """
     rows = []
-    for path in sorted((folder or HERE / "data" / "pairs").glob("*.jsonl")):
+    for path in _files(folder or HERE / "data" / "pairs", "pairs"):
         for number, value in _lines(path):
             if value.get("category") not in KEYS or not all(isinstance(value.get(k), str) for k in ("sensitive", "harmless")):
                 raise UserError(f"{path}:{number}: a pair has `category` (of the taxonomy), `sensitive` and `harmless`")
@@ -123,15 +127,19 @@ def documents(folder: Path | None = None) -> list[Row]:
     Raises:
         UserError: there is no such folder, or a line has no text.
     """
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"{folder} is no folder of documents")
     rows = []
-    for path in sorted((folder or HERE / "data" / "documents").glob("*.jsonl")):
+    for path in _files(folder or HERE / "data" / "documents", "documents"):
         for number, value in _lines(path):
             if not isinstance(value.get("text"), str) or not value["text"].strip():
                 raise UserError(f"{path}:{number}: a document has a `text` that is not empty")
             rows.append(Row(value["text"], 0, (), "documents", f"{path.stem}:{number}"))
     return rows
+
+
+def _files(folder: Path, what: str) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder of {what}")
+    return sorted(folder.glob("*.jsonl"))
 
 
 def requests(path: Path | None = None, *, per_act: int = 3, seed: int = 0) -> list[Row]:

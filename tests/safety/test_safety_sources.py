@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -234,9 +235,10 @@ def test_a_document_without_a_text_is_named(line: str, tmp_path: Path) -> None:
         sources.documents(tmp_path)
 
 
-def test_a_folder_of_documents_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no folder of documents"):
-        sources.documents(tmp_path / "none")
+@pytest.mark.parametrize("read", [sources.documents, sources.pairs])
+def test_a_folder_that_is_not_there_is_an_error(read: Callable[[Path], list[Row]], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"none is no folder of {read.__name__}"):
+        read(tmp_path / "none")
 
 
 @given(st.text(min_size=1, max_size=80), st.integers(0, 100))
