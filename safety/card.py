@@ -33,9 +33,11 @@ def render(folder: Path = WEIGHTS, tests: Sequence[str] | None = None) -> str:
     points = {name: point["threshold"] for name, point in calibration["thresholds"].items()}
     rows = {name: read(name) for name in names}
     label = {name: np.array([row.label for row in part]) for name, part in rows.items()}
+    titles = {"filter": "The whole filter", "transformer": "Stage 2 alone", "linear": "Stage 1 alone"}
+    scorers = {stage: scorer(stage, folder) for stage in titles}  # before anything is read of weights that may not be usable
     parts = [_head(calibration), _data(calibration["data"]), _points(calibration)]
-    for stage, title in (("filter", "The whole filter"), ("transformer", "Stage 2 alone"), ("linear", "Stage 1 alone")):
-        score = scorer(stage, folder)
+    for stage, title in titles.items():
+        score = scorers[stage]
         given = {name: score([row.text for row in part]) for name, part in rows.items()}
         results = [measured(name, label[name], given[name], points, SAMPLES) for name in names]
         joint = [name for name in names if len(set(label[name])) == 1]
@@ -64,9 +66,8 @@ For: English chat prompts to an assistant, before it answers, and its answers wh
 Stage 2 is the mean of the weights of {len(calibration["runs"])} runs; AUROC on whole development prompts of each run by itself \
 {", ".join(f"{one:.4f}" for one in calibration["runs"])}.{" " + calibration["note"] if "note" in calibration else ""}
 
-int8 against fp32 on {calibration["development"]["sensitive"]} sensitive and
-{calibration["development"]["everyday"] + calibration["development"]["lookalikes"]} harmless development prompts (a sample of
-them): mean |dp| {parity["mean_dp"]:.4f}, AUROC {parity["auroc_int8"]:.4f} against {parity["auroc_fp32"]:.4f}."""
+int8 against fp32 on {parity["texts"]} texts of the development split: mean |dp|
+{parity["mean_dp"]:.4f}, AUROC {parity["auroc_int8"]:.4f} against {parity["auroc_fp32"]:.4f}."""
 
 
 def _data(counts: dict[str, Any]) -> str:
@@ -101,9 +102,9 @@ def _points(calibration: dict[str, Any]) -> str:
     linear, transformer, both = calibration["linear"], calibration["transformer"], calibration["together"]
     lines += [
         "",
-        f"What both stages have read is scored by {both['linear']:.2f} of stage 1's and {both['transformer']:.2f} of stage 2's "
-        f"calibrated logit, plus {both['bias']:.2f}. Both are measured on what the filter reads of a text, the highest of its "
-        "windows; each stage by itself on whole texts.",
+        f"What both stages have read is scored by z, stage 2's calibrated logit plus {both['weight']:.2f} of stage 1's: the "
+        f"logit of the score is {both['slope']:.2f} z + {both['cube']:.3f} z^3 {both['bias']:+.2f}. Both are measured on what "
+        "the filter reads of a text, the highest of its windows; each stage by itself on whole texts.",
         "",
         f"Expected calibration error on the half of it that was not calibrated on: both {both['dev_ece']:.4f}, stage 2 "
         f"{transformer['dev_ece']:.4f}, stage 1 {linear['dev_ece']:.4f}; AUROC there {both['dev_auroc']:.4f}, "

@@ -21,6 +21,7 @@ from safety.sources import Row
 from safety.taxonomy import KEYS
 
 OUTPUTS = 1 + len(KEYS)
+DRAWS = 1000  # of one seed at most
 OTHERS = {"documents": 4}
 """How many windows of a harmless text are learnt beside the first, by source; of all other sources, and of augmented copies, one.
 This project's documents are few, and unlike each other."""
@@ -70,7 +71,7 @@ class Split:
 def build(data: Data, seed: int, draws: int = 1) -> Split:
     """Rows of a configuration, without duplicates and without what stands in the tests.
 
-    A group is held out of all draws or of none. The counts are those of the first draw.
+    A group is held out of all draws or of none. A draw does not depend on how many there are. The counts are those of the first.
     """
     pairs = [dataclasses.replace(row, weight=data.pair_weight) for row in sources.pairs(Path(data.pairs) if data.pairs else None)]
     named = [row for path in data.own for row in sources.read_jsonl(Path(path))]
@@ -95,7 +96,7 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
 
     found: list[list[Row]] = []
     for draw in range(draws):
-        number = seed * draws + draw  # no draw of one seed is a draw of the next
+        number = draw_seed(seed, draw)
         composed = sources.requests(Path(data.requests) if data.requests else None, per_act=data.per_act, seed=number)
         rows = pairs + canonical(composed) + named
         unique = sources.deduplicate(rows)
@@ -118,6 +119,11 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
     if not any(row.label for row in dev) or all(row.label for row in dev):
         raise UserError("the development split has prompts of one label only: name more data, or raise data.holdout")
     return Split(found, dev, counts)
+
+
+def draw_seed(seed: int, draw: int) -> int:
+    """What a draw is made from, whatever others there are; no draw of one seed is a draw of the next."""
+    return seed * DRAWS + draw
 
 
 def _listed(rows: Sequence[Row]) -> str:

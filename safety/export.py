@@ -23,7 +23,7 @@ def fused(encoder: Any) -> torch.nn.Module:
     to do.
 
     Args:
-        encoder: Of `train.encoder_module`, in evaluation mode.
+        encoder: Of `fitting.encoder_module`, in evaluation mode.
     """
     import torch
     from torch import nn

@@ -12,7 +12,7 @@ import heapq
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -87,10 +87,10 @@ class Filter:
         files, calibration = read(folder)
         self.model = calibration["seal"][:12]
         try:
-            if calibration["version"] != 2 or tuple(calibration["categories"]) != KEYS:
+            if calibration["version"] != 3 or tuple(calibration["categories"]) != KEYS:
                 raise ValueError("calibration.json is of another version or taxonomy")
             self._scales = [_Scale(calibration[stage]["a"], calibration[stage]["b"]) for stage in ("linear", "transformer")]
-            self._together = _Together(*(calibration["together"][part] for part in ("linear", "transformer", "bias")))
+            self._together = Together(*(float(calibration["together"][field.name]) for field in fields(Together)))
             self._thresholds = {name: float(calibration["thresholds"][name]["threshold"]) for name in POINTS}
             bound = float(calibration["linear"]["clear_below"])
             # Stage 1 may clear only what every operating point would let pass.
@@ -187,6 +187,8 @@ class Filter:
         for first, read_ in case.suspects():
             logits = _checked(self._stages[1].logits([read_.text]), 1)
             value = self._together(first, self._scales[1].sensitive(logits)[0])
+            if not math.isfinite(value):
+                raise _Blocked("not_finite")
             if value > case.read.value:
                 case.read = _Scored(value, 1, read_, logits[0])
             # Above the highest threshold every operating point has decided.
@@ -455,16 +457,33 @@ class _Scale:
         return {key: _sigmoid(a * z + b) for key, a, b, z in zip(KEYS, self.a[1:], self.b[1:], row[1:].tolist())}
 
 
-class _Together:
-    """The logit of a window that both stages have read, from their calibrated ones; see `train.fit_calibration`."""
+@dataclass(frozen=True)
+class Together:
+    """The logit of a window that both stages have read: slope z + cube z^3 + bias of z, what both say of it.
 
-    def __init__(self, first: float, second: float, bias: float) -> None:
-        self.first, self.second, self.bias = float(first), float(second), float(bias)
-        if not (math.isfinite(self.bias) and 0 <= self.first < math.inf and 0 < self.second < math.inf):
-            raise ValueError("the weights of the stages are negative or not finite")
+    It rises with z, so that the cube changes scores and no ranking; see `calibrate.bent`.
 
-    def __call__(self, first: float, second: float) -> float:
-        return self.first * first + self.second * second + self.bias
+    Args:
+        weight: Of the calibrated logit of stage 1 in z; that of stage 2 counts one.
+
+    Raises:
+        ValueError: it would fall with what a stage says, or not depend on it.
+    """
+
+    weight: float
+    slope: float
+    cube: float
+    bias: float
+
+    def __post_init__(self) -> None:
+        rising = 0 <= self.weight < math.inf and 0 < self.slope < math.inf and 0 <= self.cube < math.inf
+        if not (rising and math.isfinite(self.bias)):
+            raise ValueError(f"what both stages say cannot be scored by {self}")
+
+    def __call__(self, first: Any, second: Any) -> Any:
+        """Of numbers, or of arrays of them, [N]."""
+        z = self.weight * first + second
+        return self.slope * z + self.cube * z**3 + self.bias
 
 
 def _checked(logits: Any, count: int) -> Any:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from safety.classifier import Linear, features
-from safety.dataset import OUTPUTS, targets
+from safety.dataset import OUTPUTS, draw_seed, targets
 from safety.sources import Row
 from safety.taxonomy import KEYS
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 SLICES = 8  # of an epoch: a checkpoint is kept after each, and a run that was stopped goes on from there
-RECIPE = 1  # of `_run`; a change that makes other weights of the same rows counts it up, and runs of before are run again
+RECIPE = 2  # of `_run`; a change that makes other weights of the same rows counts it up, and runs of before are run again
 
 
 @dataclass
@@ -246,9 +246,9 @@ def train_encoder(
     mean of their weights does as well as the mean of their answers, at the cost of one.
 
     Args:
-        draws: Rows of each run.
-        run_dir: Holds a folder by the content of all that a run depends on. Runs that are in it are not run again, and one
-            that was stopped goes on.
+        draws: Rows of each run. The first one's texts decide on the vocabulary.
+        run_dir: Holds each run by the content of all that it depends on. Runs that are in it are not run again, whatever
+            others they are averaged with, and one that was stopped goes on.
         look: Is given the number, the encoder and the tokenizer of each run.
 
     Returns:
@@ -260,15 +260,18 @@ def train_encoder(
 
     folder = artifacts.resolve(config.name, kind="text_encoder")
     source = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    texts = dict.fromkeys(row.text for rows in draws for row in rows)
-    spec, kept = prune_vocabulary(source, list(texts), config.vocabulary)
-    cache = run_dir / _content(draws, config, seed, folder, spec)
-    cache.mkdir(parents=True, exist_ok=True)
+    spec, kept = prune_vocabulary(source, list(dict.fromkeys(row.text for row in draws[0])), config.vocabulary)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.replace(config, name="", length=0, runs=0)  # what no run depends on
+    shared = hashlib.sha256(repr((RECIPE, seed, KEYS, settings, spec)).encode())
+    for held in ("config.json", *sorted(path.name for path in folder.glob("*.safetensors"))):
+        shared.update((folder / held).read_bytes())
     encoder = encoder_module(folder, kept, config.frozen_layers).eval()
     mean: dict[str, torch.Tensor] = {}
     for number, rows in enumerate(draws):
-        file, checkpoint = cache / f"run-{number}.safetensors", cache / f"run-{number}.ckpt"
         name = f"run {number + 1} of {len(draws)}"
+        content = _content(shared, rows, number)
+        file, checkpoint = (run_dir / f"run-{number}-{content}.{kind}" for kind in ("safetensors", "ckpt"))
         if file.exists():
             print(f"encoder: {name} is there: {file}", file=sys.stderr, flush=True)
         else:
@@ -287,15 +290,12 @@ def train_encoder(
     return encoder, spec
 
 
-def _content(draws: Sequence[Sequence[Row]], config: EncoderConfig, seed: int, folder: Path, spec: dict[str, Any]) -> str:
-    """A name for what the runs depend on: equal where they would come out equal, but for rounding on another processor."""
-    digest = hashlib.sha256(repr((RECIPE, seed, KEYS, dataclasses.replace(config, name="", length=0, runs=0), spec)).encode())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    for rows in draws:
-        digest.update(b"draw")
-        for row in rows:
-            digest.update(repr((row.text, row.label, row.categories, row.weight)).encode())
+def _content(shared: hashlib._Hash, rows: Sequence[Row], number: int) -> str:
+    """A name for what a run depends on: equal where it would come out equal, but for rounding on another processor."""
+    digest = shared.copy()
+    digest.update(repr(number).encode())
+    for row in rows:
+        digest.update(repr((row.text, row.label, row.categories, row.weight)).encode())
     return digest.hexdigest()[:12]
 
 
@@ -320,7 +320,7 @@ def _run(
     L.seed_everything(seed, verbose=False)  # the head is new: all runs have to start from one
     tokenizer = Tokenizer.from_str(json.dumps(spec))
     ends = spec["model"]["vocab"]["[CLS]"], spec["model"]["vocab"]["[SEP]"]
-    rng = random.Random(seed * config.runs + number)
+    rng = random.Random(draw_seed(seed, number))
     room = config.train_length - 2
     encoded: list[list[int]] = []
     for encoding in tokenizer.encode_batch([row.text for row in rows], add_special_tokens=False):
@@ -339,7 +339,7 @@ def _run(
         return ids, inside, *(torch.from_numpy(part[chosen]) for part in (label, mask, weight))
 
     lengths = [len(ids) for ids in encoded]
-    first = (seed * config.runs + number) * config.epochs
+    first = draw_seed(seed, number) * config.epochs
     plans = [token_batches(lengths, config.batch_tokens, random.Random(first + epoch)) for epoch in range(config.epochs)]
     steps, slices = sum(map(len, plans)), min(SLICES, *map(len, plans))
 
@@ -363,11 +363,15 @@ def _run(
                 print(f"{place}, loss {value.item():.4f}", file=sys.stderr, flush=True)
             return value
 
+        def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+            # Not the trainer's: it refuses a fused optimizer for the sake of float16, whose gradients that unscales itself.
+            torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
         def configure_optimizers(self) -> Any:
             slow = [p for p in self.encoder.bert.parameters() if p.requires_grad]
             fast = list(self.encoder.head.parameters())
             optimizer = torch.optim.AdamW(
-                [{"params": slow, "lr": config.lr}, {"params": fast, "lr": 5 * config.lr}], weight_decay=0.01
+                [{"params": slow, "lr": config.lr}, {"params": fast, "lr": 5 * config.lr}], weight_decay=0.01, fused=True
             )
             schedule = torch.optim.lr_scheduler.LambdaLR(
                 optimizer, lambda step: min((step + 1) / max(1, steps // 20), max(0.02, 1 - step / steps))
@@ -376,7 +380,7 @@ def _run(
 
     model = Tuned()
     keep = ModelCheckpoint(last.parent, filename=last.stem, enable_version_counter=False)
-    options: dict[str, Any] = {"precision": "bf16-mixed", "gradient_clip_val": 1.0, "callbacks": [keep]}
+    options: dict[str, Any] = {"precision": "bf16-mixed", "callbacks": [keep]}
     trainer = _trainer(config.epochs * slices, accelerator="cuda" if torch.cuda.is_available() else "cpu", **options)
     trainer.fit(model, ckpt_path=str(last) if last.exists() else None, weights_only=False)
     return model.encoder.cpu()

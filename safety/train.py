@@ -3,7 +3,7 @@
     1  data        named collections, contrast pairs, composed requests, own files -> rows (`sources`)
     2  linear      stage 1 (`fitting`)
     3  encoder     stage 2, the mean of several runs (`fitting`), exported to int8 ONNX (`export`)
-    4  calibrate   Platt scaling on one half of the development split, operating points on all of it (`calibrate`)
+    4  calibrate   scores to probabilities on one half of the development split, operating points on all of it (`calibrate`)
     5  check       int8 against fp32; the weights' sizes; calibration.json with every file's sha256
     6  evaluate    the development tests, and the card (`evaluate`)
 
@@ -12,6 +12,7 @@ Exit codes: 0 done, 1 failure, 2 wrong usage.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -30,10 +31,10 @@ import numpy as np
 from mmgpt.errors import UsageError, UserError, run_cli
 from safety import calibrate, card, sources, weights
 from safety.classifier import Linear, Transformer
-from safety.dataset import OUTPUTS, Data, Split, build, targets
+from safety.dataset import DRAWS, OUTPUTS, Data, Split, build, targets
 from safety.evaluate import auroc, ece
 from safety.export import export, full_precision
-from safety.filter import CANARIES
+from safety.filter import CANARIES, Together
 from safety.fitting import EncoderConfig, LinearConfig, train_encoder, train_linear
 from safety.sources import Row
 from safety.taxonomy import KEYS
@@ -41,8 +42,8 @@ from safety.windows import windows
 
 LIMIT = 30_000_000  # bytes that are shipped
 MAX_SHIFT, MAX_AUROC_LOSS = 0.02, 0.005  # int8 against fp32
+PARITY = 800  # texts of the development split that both are compared on
 WEIGHTS = tuple(n / 10 for n in range(11))  # of stage 1 beside stage 2 that are tried
-PARITY = 800  # development prompts that both are compared on
 
 
 @dataclass
@@ -75,8 +76,8 @@ def parse(arguments: list[str] | None = None) -> Config:
         config = Config(**parser.instantiate(settings).as_dict())
     except Exception as error:
         raise UsageError(" ".join(str(error).split())) from error
-    if config.encoder.runs < 1:
-        raise UsageError(f"encoder.runs is {config.encoder.runs}; at least one run is needed")
+    if not 1 <= config.encoder.runs <= DRAWS:
+        raise UsageError(f"encoder.runs is {config.encoder.runs}; it may be 1 to {DRAWS}")
     if missing := [name for name in calibrate.POINTS if name not in config.points]:
         raise UsageError(f"points: {', '.join(missing)} missing; give `everyday` and `lookalikes` for each")
     return config
@@ -131,7 +132,7 @@ def fit_calibration(
     prompts, documents = ([row for row, prompt in zip(split.dev, asked) if prompt == wanted] for wanted in (True, False))
     label, mask = targets(prompts)
     half = np.array([sources.held_out(row, 0.5, config.seed + 1) for row in prompts])
-    result: dict[str, Any] = {"version": 2, "categories": list(KEYS)}
+    result: dict[str, Any] = {"version": 3, "categories": list(KEYS)}
     unseen = ~half
 
     def unseen_figures(p: np.ndarray) -> dict[str, float]:
@@ -160,16 +161,18 @@ def fit_calibration(
     # By rank, not by likelihood: that overrates stage 1, which knows much of a development split's words from training.
     found = [(weight, peaks(sizes, first, second, weight)) for weight in WEIGHTS]
     weight, peak = max(found, key=lambda pair: auroc(label[half, 0], (pair[0] * pair[1].first + pair[1].second)[half]))
-    slope, bias = calibrate.platt((weight * peak.first + peak.second)[half], label[half, 0])
+    slope, cube, bias = calibrate.bent((weight * peak.first + peak.second)[half], label[half, 0])
     if slope <= 0:
         raise UserError("the stages find harmless development prompts more sensitive than sensitive ones: look at the labels")
-    one, two, bias = (round(value, 6) for value in (slope * weight, slope, bias))
-    result["together"] = {"linear": one, "transformer": two, "bias": bias}
-    p = calibrate.sigmoid(one * peak.first + two * peak.second + bias)
+    together = Together(weight=weight, slope=round(slope, 6), cube=round(cube, 6), bias=round(bias, 6))
+    result["together"] = dataclasses.asdict(together)
+    p = calibrate.sigmoid(together(peak.first, peak.second))
     result["together"] |= unseen_figures(p)
     harmful = label[:, 0] == 1
     lookalike = ~harmful & np.array([row.source in sources.LOOKALIKES for row in prompts])
     points = calibrate.operating_points(p[harmful], p[~harmful & ~lookalike], p[lookalike], config.points)
+    if points["loose"].threshold > 1:
+        raise UserError("points: harmless development prompts have the score 1.0, no threshold blocks as few as `loose` allows")
     result["thresholds"] = {name: point.to_json() for name, point in points.items()}
     quiet, loudest = calibrate.sigmoid(peak.first), calibrate.sigmoid(peak.loudest)
     bound = calibrate.clear_below(quiet[harmful], p[harmful], points["strict"].threshold, config.clear_loss)
@@ -187,7 +190,7 @@ def fit_calibration(
     }
     if documents:
         other = peaks(*read(documents), weight)
-        p = calibrate.sigmoid(one * other.first + two * other.second + bias)
+        p = calibrate.sigmoid(together(other.first, other.second))
         result["documents"] = {name: round(float((p >= point.threshold).mean()), 4) for name, point in points.items()}
     return result
 
@@ -250,7 +253,7 @@ def execute(config: Config) -> Path:
     say(f"encoder: mean of {len(alone)}: development AUROC {auroc(label, whole['transformer'][:, 0]):.4f}")
     chosen = sorted(random.Random(config.seed).sample(range(len(texts)), min(PARITY, len(texts))))
     full = full_precision(encoder, transformer, [texts[n] for n in chosen])
-    parity = check_parity(label[chosen], full, whole["transformer"][chosen])
+    parity = check_parity(label[chosen], full, whole["transformer"][chosen]) | {"texts": len(chosen)}
     say(f"int8 against fp32 {json.dumps(parity)}")
 
     stages: dict[str, Linear | Transformer] = {"linear": linear, "transformer": transformer}

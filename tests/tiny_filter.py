@@ -38,11 +38,11 @@ def build(folder: Path, together: dict[str, float] | None = None) -> Path:
     plain = {"a": [1.0] * OUTPUTS, "b": [0.0] * OUTPUTS}
     points = {"strict": STRICT, "balanced": BALANCED, "loose": LOOSE}
     calibration = {
-        "version": 2,
+        "version": 3,
         "categories": list(KEYS),
         "linear": {**plain, "clear_below": CLEAR},
         "transformer": {**plain, "length": 512, "overlap": 8},
-        "together": together or {"linear": 0.0, "transformer": 1.0, "bias": 0.0},
+        "together": together or {"weight": 0.0, "slope": 1.0, "cube": 0.0, "bias": 0.0},
         "thresholds": {name: {"threshold": value, "fpr": 0.01, "recall": 0.9} for name, value in points.items()},
     }
     (folder / "calibration.json").write_text(json.dumps(calibration))

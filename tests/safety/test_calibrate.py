@@ -1,11 +1,14 @@
 """Platt scaling and operating points: against closed forms and counting."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safety.calibrate import POINTS, Bounds, OperatingPoint, above, clear_below, logistic, operating_points, platt, sigmoid
+from safety.calibrate import POINTS, Bounds, OperatingPoint, above, bent, clear_below, logistic, operating_points, platt, sigmoid
+from safety.evaluate import ece
 
 SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=50)
 
@@ -42,6 +45,40 @@ def test_platt_is_finite_where_the_classes_do_not_overlap() -> None:
 def test_platt_refuses(logits: list[float], labels: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         platt(np.array(logits), np.array(labels))
+
+
+@pytest.mark.parametrize("truth", [(0.5, 0.06, -0.3), (0.2, 0.1, 0.4)])
+def test_bent_recovers_the_curve_that_made_the_labels(truth: tuple[float, float, float]) -> None:
+    a, c, b = truth
+    z = np.random.default_rng(0).uniform(-4, 4, 60_000)
+    label = np.random.default_rng(1).random(len(z)) < sigmoid(a * z + c * z**3 + b)
+    found = bent(z, label)
+    assert found == pytest.approx(truth, abs=0.06) and found[1] == pytest.approx(c, abs=0.012)
+
+
+@pytest.mark.parametrize("truth", [lambda z: 2 * np.tanh(z), lambda z: 0.05 * z**3 - 0.3 * z])
+def test_bent_is_the_line_where_it_would_not_rise_everywhere(truth: Callable[[np.ndarray], np.ndarray]) -> None:
+    z = np.random.default_rng(0).uniform(-4, 4, 20_000)
+    label = np.random.default_rng(1).random(len(z)) < sigmoid(truth(z))
+    a, c, b = bent(z, label)
+    assert c == 0 and (a, b) == platt(z, label)
+
+
+def test_bent_is_finite_where_the_classes_do_not_overlap() -> None:
+    z, label = np.array([-4.1] * 60 + [4.1] * 60), np.array([0] * 60 + [1] * 60)
+    a, c, b = bent(z, label)
+    assert sigmoid(a * z + c * z**3 + b) == pytest.approx(np.where(label, 61 / 62, 1 / 62), abs=1e-3)  # Platt's targets
+
+
+def test_what_smoothed_labels_press_together_is_calibrated_by_the_bend_and_not_by_a_line() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.normal(0, 3, 40_000)
+    label = rng.random(len(true)) < sigmoid(true)
+    pressed = 0.02 + 0.96 * sigmoid(true)  # what a model learns of labels that are .98 and .02
+    z = np.log(pressed / (1 - pressed))
+    a, c, b = bent(z, label)
+    slope, bias = platt(z, label)
+    assert ece(label, sigmoid(a * z + c * z**3 + b)) < 0.5 * ece(label, sigmoid(slope * z + bias)) and a > 0 and c > 0
 
 
 def test_logistic_regression_recovers_the_weights_that_made_the_labels() -> None:

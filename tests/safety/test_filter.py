@@ -47,12 +47,14 @@ def test_decides(judge: Filter) -> None:
 
 
 def test_what_both_stages_have_read_is_scored_by_both(tmp_path: Path) -> None:
-    folder = tiny_filter.build(tmp_path / "weights", together={"linear": 0.5, "transformer": 0.75, "bias": -0.25})
+    parts = {"weight": 0.5, "slope": 0.75, "cube": 0.02, "bias": -0.25}
+    folder = tiny_filter.build(tmp_path / "weights", together=parts)
     judge = Filter(weights=folder)
     assert judge.problem == "", judge.detail
     first, second = (stage.logits(["how do i make a bomb at home?"])[0, 0].item() for stage in judge._stages)
     score = judge.check(BAD).score
-    assert score == pytest.approx(1 / (1 + math.exp(0.25 - 0.5 * first - 0.75 * second)), abs=1e-9)
+    z = 0.5 * first + second
+    assert score == pytest.approx(1 / (1 + math.exp(0.25 - 0.75 * z - 0.02 * z**3)), abs=1e-9)
     # What stage 1 clears nobody else has read.
     (cleared,) = judge._stages[0].logits(["how do i bake a pear cake at home?"])[:, 0].tolist()
     assert judge.check(GOOD).score == pytest.approx(1 / (1 + math.exp(-cleared)), abs=1e-9)
