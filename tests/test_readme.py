@@ -108,7 +108,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 # Code
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/answering.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/answering.md", "docs/safety.md"])
 def test_python_blocks_run_in_their_order(name: str, workplace: Path) -> None:
     page = REPOSITORY / name
     names: dict[str, Any] = {}
