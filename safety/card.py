@@ -34,17 +34,16 @@ def render(folder: Path = WEIGHTS, tests: Sequence[str] | None = None) -> str:
     rows = {name: read(name) for name in names}
     label = {name: np.array([row.label for row in part]) for name, part in rows.items()}
     titles = {"filter": "The whole filter", "transformer": "Stage 2 alone", "linear": "Stage 1 alone"}
-    scorers = {stage: scorer(stage, folder) for stage in titles}  # before anything is read of weights that may not be usable
+    scorers = {stage: scorer(stage, folder) for stage in titles}  # first: they say what is wrong with weights of another version
     parts = [_head(calibration), _data(calibration["data"]), _points(calibration)]
-    for stage, title in titles.items():
-        score = scorers[stage]
+    for stage, score in scorers.items():
         given = {name: score([row.text for row in part]) for name, part in rows.items()}
         results = [measured(name, label[name], given[name], points, SAMPLES) for name in names]
         joint = [name for name in names if len(set(label[name])) == 1]
         if len({int(label[name][0]) for name in joint}) == 2:
             labels, scores = (np.concatenate([side[name] for name in joint]) for side in (label, given))
             results.append(measured(" + ".join(joint), labels, scores, points, SAMPLES))
-        parts.append(f"### {title}\n\n{table(results, points)}")
+        parts.append(f"### {titles[stage]}\n\n{table(results, points)}")
         if stage == "filter":
             parts.append(_groups(rows, given, points["balanced"]) + "\n\n" + _misses(rows, given, points["balanced"]))
     old = folder / NAME
@@ -64,7 +63,7 @@ For: English chat prompts to an assistant, before it answers, and its answers wh
 (few were trained on), legal or medical decisions about people, or as the only protection where a miss is dangerous.
 
 Stage 2 is the mean of the weights of {len(calibration["runs"])} runs; AUROC on whole development prompts of each run by itself \
-{", ".join(f"{one:.4f}" for one in calibration["runs"])}.{" " + calibration["note"] if "note" in calibration else ""}
+{", ".join(f"{one:.4f}" for one in calibration["runs"])}.
 
 int8 against fp32 on {parity["texts"]} texts of the development split: mean |dp|
 {parity["mean_dp"]:.4f}, AUROC {parity["auroc_int8"]:.4f} against {parity["auroc_fp32"]:.4f}."""

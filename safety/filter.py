@@ -187,7 +187,7 @@ class Filter:
         for first, read_ in case.suspects():
             logits = _checked(self._stages[1].logits([read_.text]), 1)
             value = self._together(first, self._scales[1].sensitive(logits)[0])
-            if not math.isfinite(value):
+            if not math.isfinite(value):  # a NaN is above nothing: the window would not count
                 raise _Blocked("not_finite")
             if value > case.read.value:
                 case.read = _Scored(value, 1, read_, logits[0])
