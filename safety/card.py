@@ -67,7 +67,15 @@ int8 against fp32 on {parity["texts"]} texts of the development split: mean |dp|
 
 
 def _data(counts: dict[str, Any]) -> str:
-    lines = ["## Data", "", "| source | train | development |", "|---|---|---|"]
+    from mmgpt.parts import PARTS
+
+    named = [name.partition(":")[0] for name in counts["collections"]]
+    licences = ", ".join(f"{name} ({PARTS[name].licence})" for name in dict.fromkeys(named) if name in PARTS) or "none"
+    lines = ["## Data", "", f"Collections, as `python -m mmgpt.artifacts` names them, with their licences: {licences}."]
+    lines += ["The sources `requests`, `everyday`, `pairs` and `documents` were written for this project, in `safety/data/`.", ""]
+    if counts["missing"]:
+        lines += [f"Left out, as they could not be had: {', '.join(counts['missing'])}.", ""]
+    lines += ["| source | train | development |", "|---|---|---|"]
     for source in counts["train sources"] | counts["dev sources"]:
         train, dev = (counts[f"{part} sources"].get(source, 0) for part in ("train", "dev"))
         lines.append(f"| {source} | {train} | {dev} |")

@@ -80,7 +80,7 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
     """
     pairs = [dataclasses.replace(row, weight=data.pair_weight) for row in sources.pairs(Path(data.pairs) if data.pairs else None)]
     named = [row for path in data.own for row in sources.read_jsonl(Path(path))]
-    missing: list[str] = []
+    missing: list[str] = []  # collections that cannot be had
     for entry in data.collections:
         try:
             rows = sources.named(entry.name)
@@ -88,7 +88,7 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
             if not entry.optional:
                 raise
             print(f"data: {entry.name} is left out: {error}", file=sys.stderr, flush=True)
-            missing.append(entry.name.partition(":")[0])
+            missing.append(entry.name)
             continue
         if entry.sources is not None:
             unknown = set(entry.sources) - {row.source for row in rows}
@@ -98,7 +98,8 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
         taken = sources.take(rows, entry.cap, entry.per_source, seed)
         named += [dataclasses.replace(row, weight=entry.weight) for row in taken]
     named += sources.documents(Path(data.documents) if data.documents else None)
-    names = [name for name in data.tests if name.partition(":")[0] not in missing]
+    left_out = {name.partition(":")[0] for name in missing}
+    names = [name for name in data.tests if name.partition(":")[0] not in left_out]
     tests = canonical([row for name in names for row in sources.named(name)])
     pairs, named = canonical(pairs), canonical(named)
     overlaps: dict[str, bool] = {}
@@ -120,8 +121,9 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
                 "rows": len(rows),
                 "duplicates": len(rows) - len(unique),
                 "overlaps": dict(Counter(row.source for row in unique if overlaps[row.text])),
-                "tests": names,
+                "collections": list(dict.fromkeys(entry.name for entry in data.collections if entry.name not in missing)),
                 "missing": missing,
+                "tests": names,
             }
             dev = [row for row in kept if sources.held_out(row, data.holdout, seed)]
             held = {sources.key(row.text) for row in dev}

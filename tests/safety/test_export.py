@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from test_train import tiny_encoder
+from tiny_training import tiny_encoder
 
 from safety import fitting
 from safety.export import export, fused
