@@ -566,7 +566,7 @@ def listing() -> list[dict[str, Any]]:
                 "kind": part.kind,
                 "description": part.description,
                 "licence": part.licence,
-                "download_bytes": part.wheel.size if part.wheel else part.size,
+                "download_bytes": part.wheel.size if part.wheel else None,
                 "bytes": _bytes(_folder(part)) if path else part.size,
                 "hub": part.hub.repository if part.hub else None,
                 "wheel": part.wheel.requirement if part.wheel else None,
@@ -585,7 +585,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         right = heading in ("download", "on disk")
         table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "what it is")
     for row in rows:
-        sizes = (_megabytes(row["download_bytes"]), _megabytes(row["bytes"]))
+        download = row["download_bytes"]
+        sizes = ("hub" if download is None else _megabytes(download), _megabytes(row["bytes"]))
         cached = "yes" if row["cached"] else "no"
         table.add_row(row["name"], KIND_NAMES[row["kind"]], *sizes, row["licence"], cached, row["description"])
     console = Console()

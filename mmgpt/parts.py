@@ -155,7 +155,8 @@ PARTS: dict[str, Part] = {
                 converter="easy_vqa",
             ),
         ),
-        # Prompts for `safety`. Development tests, never trained on: harmbench, strongreject, safety-refusal, alpaca-eval.
+        # Prompts for `safety`. Development tests, never trained on: harmbench, strongreject, safety-refusal, alpaca-eval,
+        # and the test split of hh-prompts.
         Part(
             name="prompt-attacks",
             kind="dataset",

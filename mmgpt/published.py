@@ -12,11 +12,12 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmgpt.convert import only
+from mmgpt.convert import ConversionError, only
 
 # Pictures
 
@@ -185,11 +186,14 @@ def movie_reviews(source: Path, target: Path) -> None:
 def hh_prompts(source: Path, target: Path) -> None:
     """The first message of each of hh-rlhf's dialogues about harm, without a label; a third, by their hash, are `test`."""
     rows = []
-    with gzip.open(only(source, "test.jsonl.gz"), "rt", encoding="utf-8") as file:
-        for line in file:
-            text = json.loads(line)["chosen"].split("\n\nHuman:")[1].split("\n\nAssistant:")[0].strip()
-            split = "train" if hashlib.sha256(text.encode()).digest()[0] % 3 else "test"
-            rows.append(_prompt(text, None, [], "hh-rlhf", split))
+    try:
+        lines = gzip.decompress(only(source, "test.jsonl.gz").read_bytes()).decode("utf-8").splitlines()
+    except (EOFError, OSError, zlib.error) as error:
+        raise ConversionError(f"test.jsonl.gz is damaged: {error}") from error
+    for line in lines:
+        text = json.loads(line)["chosen"].split("\n\nHuman:")[1].split("\n\nAssistant:")[0].strip()
+        split = "train" if hashlib.sha256(text.encode()).digest()[0] % 3 else "test"
+        rows.append(_prompt(text, None, [], "hh-rlhf", split))
     _write_prompts(target / "hh-prompts.parquet", rows)
 
 

@@ -149,6 +149,13 @@ FAMILIES: dict[str, Callable[[Material, random.Random], Iterable[Attack]]] = {
 }
 
 
+def requests(path: Path = TEMPLATES) -> list[str]:
+    """The requests of the templates, plain, in other languages, as history and in play: what no training may see, nor nearly."""
+    material, rng = Material(load(path), own=True), random.Random(0)
+    families = ("direct", "role_play", "past_tense", "translation")
+    return [attack.text for family in families for attack in FAMILIES[family](material, rng)]
+
+
 def soup(pieces: Sequence[str], rng: random.Random) -> str:
     """Random pieces of words, code and marks, 12 to 20, like the end of a gradient-based search."""
     return " ".join(rng.choices(pieces, k=rng.randint(12, 20)))

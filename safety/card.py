@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmgpt.errors import UserError
 from safety.evaluate import WEIGHTS, load_calibration, measured, read, scorer, table
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ def render(folder: Path = WEIGHTS) -> str:
     """The card of a folder of weights, measured on the test sets that its training data was cleaned of; Markdown."""
     calibration = load_calibration(folder)
     points = {name: point["threshold"] for name, point in calibration["thresholds"].items()}
-    names = calibration["data"]["tests"]
+    try:
+        names = calibration["data"]["tests"]
+    except KeyError:
+        raise UserError(f"{folder} was trained by an earlier version, which did not note its tests: train it again") from None
     rows = {name: read(name) for name in names}
     label = {name: np.array([row.label for row in part]) for name, part in rows.items()}
     titles = {"filter": "The whole filter", "transformer": "Stage 2 alone", "linear": "Stage 1 alone"}
@@ -57,7 +61,8 @@ hashed n-grams, and all-MiniLM-L6-v2 (Apache-2.0) fine-tuned, with a pruned voca
 `python -m safety.train --config configs/safety.yaml`; every figure here was measured by it or by `python -m safety.card`.
 
 For: English chat prompts to an assistant, before it answers, and its answers while they stream. Not for: other languages
-(few were trained on), legal or medical decisions about people, or as the only protection where a miss is dangerous.
+(less in them was trained on, and more is missed), legal or medical decisions about people, or as the only protection where a
+miss is dangerous.
 
 Stage 2 is the mean of the weights of {len(calibration["runs"])} runs; AUROC on whole development prompts of each run by itself \
 {", ".join(f"{one:.4f}" for one in calibration["runs"])}.
@@ -70,9 +75,14 @@ def _data(counts: dict[str, Any]) -> str:
     from mmgpt.parts import PARTS
 
     named = [name.partition(":")[0] for name in counts["collections"]]
-    licences = ", ".join(f"{name} ({PARTS[name].licence})" for name in dict.fromkeys(named) if name in PARTS) or "none"
+    known = {name: PARTS[name].licence if name in PARTS else "licence not known here" for name in named}
+    licences = ", ".join(f"{name} ({licence})" for name, licence in known.items()) or "none"
     lines = ["## Data", "", f"Collections, as `python -m mmgpt.artifacts` names them, with their licences: {licences}."]
-    lines += ["The sources `requests`, `everyday`, `pairs` and `documents` were written for this project, in `safety/data/`.", ""]
+    lines += [
+        "The sources `requests`, `everyday`, `pairs` and `documents` are the files of `safety/data/`, written for this project,",
+        "where the configuration does not name others; the labels of `hh-rlhf` are of this project too.",
+        "",
+    ]
     if counts["missing"]:
         lines += [f"Left out, as they could not be had: {', '.join(counts['missing'])}.", ""]
     lines += ["| source | train | development |", "|---|---|---|"]
@@ -138,13 +148,13 @@ def _groups(rows: dict[str, list[Row]], given: dict[str, np.ndarray], threshold:
 
 
 def _misses(rows: dict[str, list[Row]], given: dict[str, np.ndarray], threshold: float) -> str:
-    """The harmless prompts with the highest scores, and how many sensitive ones passed; the prompts of tests are not copied
-    but for the harmless ones, shortened, that were blocked."""
+    """The harmless prompts with the highest scores; the prompts of tests are not copied but for the harmless ones, shortened,
+    that were blocked, and of these not what people said to provoke a model."""
     blocked = [
         (float(score), name, row.text)
         for name, part in rows.items()
         for row, score in zip(part, given[name])
-        if not row.label and score >= threshold
+        if not row.label and score >= threshold and row.source != "hh-rlhf"
     ]
     lines = [f"Harmless prompts that `balanced` blocks, the highest of {len(blocked)}:", ""]
     for score, name, text in sorted(blocked, reverse=True)[:MISSES]:

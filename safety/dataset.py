@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mmgpt.errors import UserError
-from safety import sources
+from safety import attacks, sources
 from safety.sources import Row
 from safety.taxonomy import KEYS
 
@@ -30,17 +30,13 @@ This project's documents are few, and unlike each other."""
 
 @dataclass
 class Collection:
-    """A data set by name, or one split of it (NAME:SPLIT), and how much of it is taken; see `sources.take`.
-
-    An optional one that cannot be fetched is left out, and so are its splits among the tests.
-    """
+    """A data set by name, or one split of it (NAME:SPLIT), and how much of it is taken; see `sources.take`."""
 
     name: str
     cap: int | None = None
     per_source: int | None = None
     weight: float = 1.0
     sources: list[str] | None = None
-    optional: bool = False
 
 
 @dataclass
@@ -74,21 +70,26 @@ class Split:
 
 
 def build(data: Data, seed: int, draws: int = 1) -> Split:
-    """Rows of a configuration, without duplicates and without what stands in the tests.
+    """Rows of a configuration, without duplicates and without what stands in the tests or in the red team's templates.
 
     A group is held out of all draws or of none. A draw does not depend on how many there are. The counts are those of the first.
+    What only the model hub has is left out, with a note, where it cannot be reached.
     """
     pairs = [dataclasses.replace(row, weight=data.pair_weight) for row in sources.pairs(Path(data.pairs) if data.pairs else None)]
     named = [row for path in data.own for row in sources.read_jsonl(Path(path))]
-    missing: list[str] = []  # collections that cannot be had
-    for entry in data.collections:
+    missing: list[str] = []  # of collections and tests
+
+    def fetched(name: str) -> list[Row]:
         try:
-            rows = sources.named(entry.name)
-        except UserError as error:
-            if not entry.optional:
-                raise
-            print(f"data: {entry.name} is left out: {error}", file=sys.stderr, flush=True)
-            missing.append(entry.name)
+            return sources.named(name)
+        except sources.HubOnlyError as error:
+            print(f"data: {name} is left out: {error}", file=sys.stderr, flush=True)
+            missing.append(name)
+            return []
+
+    for entry in data.collections:
+        rows = fetched(entry.name)
+        if entry.name in missing:
             continue
         if entry.sources is not None:
             unknown = set(entry.sources) - {row.source for row in rows}
@@ -98,9 +99,8 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
         taken = sources.take(rows, entry.cap, entry.per_source, seed)
         named += [dataclasses.replace(row, weight=entry.weight) for row in taken]
     named += sources.documents(Path(data.documents) if data.documents else None)
-    left_out = {name.partition(":")[0] for name in missing}
-    names = [name for name in data.tests if name.partition(":")[0] not in left_out]
-    tests = canonical([row for name in names for row in sources.named(name)])
+    tests = [row for name in data.tests for row in fetched(name)]
+    tests = canonical(tests + [Row(text, 1, None, "redteam") for text in attacks.requests()])
     pairs, named = canonical(pairs), canonical(named)
     overlaps: dict[str, bool] = {}
 
@@ -123,7 +123,7 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
                 "overlaps": dict(Counter(row.source for row in unique if overlaps[row.text])),
                 "collections": list(dict.fromkeys(entry.name for entry in data.collections if entry.name not in missing)),
                 "missing": missing,
-                "tests": names,
+                "tests": [name for name in data.tests if name not in missing],
             }
             dev = [row for row in kept if sources.held_out(row, data.holdout, seed)]
             held = {sources.key(row.text) for row in dev}

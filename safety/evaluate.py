@@ -1,7 +1,8 @@
 """`python -m safety.evaluate FILE...`: how well the filter tells sensitive prompts from harmless ones.
 
 A FILE is JSONL with `text` and `label` (1 sensitive, 0 not), or the name of a data set that `mmgpt.artifacts` lists
-(harmbench, strongreject, safety-refusal, alpaca-eval-prompts). Each is evaluated, and all together where there are several.
+(harmbench, strongreject, safety-refusal, alpaca-eval-prompts), or a split of one (hh-prompts:test). Each is evaluated, and all
+together where there are several.
 
     AUROC, AUPRC                       of the score
     F1, precision, recall, FPR         at every operating point
@@ -306,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m safety.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL with text and label, or a named data set")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL with text and label, or a named data set, or NAME:SPLIT")
     parser.add_argument("--stage", choices=("filter", "linear", "transformer"), default="filter", help="what is evaluated")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the weights")
     parser.add_argument("--output", type=Path, help="folder for report.json and curves.png")

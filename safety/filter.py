@@ -97,7 +97,7 @@ class Filter:
             lowest = self._thresholds["strict"]
             if not 0 <= bound <= lowest <= self._thresholds["balanced"] <= self._thresholds["loose"] <= 1:
                 raise ValueError("the thresholds are not in order")
-            self._clear, self._certain = _logit(bound), _logit(self._thresholds["loose"])
+            self._clear = _logit(bound)
             pieces = {key: int(calibration["transformer"][key]) for key in ("length", "overlap")}
             self._stages = _stages(files, pieces)
         except (Exception, SystemExit) as error:
@@ -181,7 +181,7 @@ class Filter:
                 read_.case.suspect(value, read_)
 
     def _second_stage(self, case: _Case) -> None:
-        """Stage 2 on the windows that stage 1 does not clear, the most suspicious first."""
+        """Stage 2 on the windows that stage 1 does not clear. All of them, whatever is found: the score is the highest one's."""
         if case.reason:
             return
         for first, read_ in case.suspects():
@@ -191,9 +191,6 @@ class Filter:
                 raise _Blocked("not_finite")
             if value > case.read.value:
                 case.read = _Scored(value, 1, read_, logits[0])
-            # Above the highest threshold every operating point has decided.
-            if value >= self._certain:
-                break
 
     def _decide(self, case: _Case) -> Verdict:
         if case.reason:

