@@ -149,5 +149,5 @@ def test_first_messages_of_dialogues_have_no_label(folders: tuple[Path, Path]) -
     whole = (source / "test.jsonl.gz").read_bytes()
     for damaged in (whole[:-30], b"no gzip"):
         (source / "test.jsonl.gz").write_bytes(damaged)
-        with pytest.raises(convert.ConversionError, match="test.jsonl.gz is damaged"):
+        with pytest.raises(convert.ConversionError, match=r"test\.jsonl\.gz is damaged"):
             published.hh_prompts(source, target)

@@ -297,7 +297,7 @@ def test_a_split_of_a_named_collection(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(UserError, match="bench has no split 'dev'; there are test, val"):
         sources.named("bench:dev")
     pq.write_table(pa.Table.from_pylist([{**rows[0], "label": None}]), tmp_path / "bare.parquet")
-    with pytest.raises(UserError, match="bare is no data set of prompts: .*not every prompt has a label"):
+    with pytest.raises(UserError, match=r"bare is no data set of prompts: .*not every prompt has a label"):
         sources.named("bare")
 
 
