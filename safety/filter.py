@@ -37,6 +37,9 @@ least, and it stands out best in them; in a pair it is whole where it lies acros
 what looks worse from filling several places at once, and what a short view decodes from being crowded out by a long one.
 """
 
+WHOLE = 32
+"""A text with no more suspicious windows than this is read to the end, whatever is found: its score is its worst window's."""
+
 CHUNK = 1 << 17
 """Characters of windows that stage 1 reads in one call; nothing depends on it but memory and speed."""
 
@@ -97,7 +100,7 @@ class Filter:
             lowest = self._thresholds["strict"]
             if not 0 <= bound <= lowest <= self._thresholds["balanced"] <= self._thresholds["loose"] <= 1:
                 raise ValueError("the thresholds are not in order")
-            self._clear = _logit(bound)
+            self._clear, self._certain = _logit(bound), _logit(self._thresholds["loose"])
             pieces = {key: int(calibration["transformer"][key]) for key in ("length", "overlap")}
             self._stages = _stages(files, pieces)
         except (Exception, SystemExit) as error:
@@ -181,16 +184,23 @@ class Filter:
                 read_.case.suspect(value, read_)
 
     def _second_stage(self, case: _Case) -> None:
-        """Stage 2 on the windows that stage 1 does not clear. All of them, whatever is found: the score is the highest one's."""
+        """Stage 2 on the windows that stage 1 does not clear, the most suspicious first.
+
+        The score of a prompt is the highest of all its windows. Of a text of more than `WHOLE` suspicious ones no more is read
+        once every operating point has decided.
+        """
         if case.reason:
             return
-        for first, read_ in case.suspects():
+        suspects = case.suspects()
+        for first, read_ in suspects:
             logits = _checked(self._stages[1].logits([read_.text]), 1)
             value = self._together(first, self._scales[1].sensitive(logits)[0])
             if not math.isfinite(value):  # a NaN is above nothing: the window would not count
                 raise _Blocked("not_finite")
             if value > case.read.value:
                 case.read = _Scored(value, 1, read_, logits[0])
+            if value >= self._certain and len(suspects) > WHOLE:
+                break
 
     def _decide(self, case: _Case) -> Verdict:
         if case.reason:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_filter import BAD, GOOD, LOOK_ALIKE
 
 import safety
-from safety.filter import READS, READS_PER, ROOMS, Filter, _Case
+from safety.filter import READS, READS_PER, ROOMS, WHOLE, Filter, _Case
 from safety.obfuscate import NAMES, apply
 from safety.stream import AnswerStream
 from safety.taxonomy import KEYS
@@ -127,6 +127,19 @@ def test_a_decoy_that_is_repeated_counts_once(judge: Filter) -> None:
     assert judge.check(decoys).allowed
     for text in (decoys + BAD, f"{BAD} {decoys}", f"{decoys}\n{BAD}\n{decoys}"):
         assert judge.check(text).sensitive
+
+
+def test_a_prompt_is_read_to_its_end_and_a_long_text_until_something_is_found(
+    judge: Filter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    stage = judge._stages[1]
+    logits = stage.logits
+    monkeypatch.setattr(stage, "logits", lambda texts: (read.extend(texts), logits(texts))[1])
+    for lines, enough in ((4, range(5, WHOLE + 1)), (400, range(1, 4))):
+        read.clear()
+        found = judge.check("\n".join(f"{BAD} I ask you for the time number {n}." for n in range(lines)))
+        assert found.sensitive and len(read) in enough
 
 
 CALM = "The sea was calm that day, and nobody on the pier had anything to do but to look at it.\n"
