@@ -187,11 +187,11 @@ def hh_prompts(source: Path, target: Path) -> None:
     """The first message of each of hh-rlhf's dialogues about harm, without a label; a third, by their hash, are `test`."""
     rows = []
     try:
-        lines = gzip.decompress(only(source, "test.jsonl.gz").read_bytes()).decode("utf-8").splitlines()
+        dialogues = list(_jsonl(only(source, "test.jsonl.gz")))
     except (EOFError, OSError, zlib.error) as error:
         raise ConversionError(f"test.jsonl.gz is damaged: {error}") from error
-    for line in lines:
-        text = json.loads(line)["chosen"].split("\n\nHuman:")[1].split("\n\nAssistant:")[0].strip()
+    for dialogue in dialogues:
+        text = dialogue["chosen"].split("\n\nHuman:")[1].split("\n\nAssistant:")[0].strip()
         split = "train" if hashlib.sha256(text.encode()).digest()[0] % 3 else "test"
         rows.append(_prompt(text, None, [], "hh-rlhf", split))
     _write_prompts(target / "hh-prompts.parquet", rows)
@@ -251,7 +251,7 @@ def _prompt(text: str, label: int | None, tags: list[str], source: str, split: s
 
 
 def _jsonl(path: Path) -> Iterable[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         for line in file:
             if line.strip():
                 yield json.loads(line)

@@ -138,10 +138,10 @@ def test_files_that_are_not_what_was_published(name: str, tmp_path: Path) -> Non
 
 def test_first_messages_of_dialogues_have_no_label(folders: tuple[Path, Path]) -> None:
     source, target = folders
-    said = [f"how do i whittle a fork {n}" for n in range(60)]
+    said = [f"how do i whittle\u2028a fork {n}" for n in range(60)]  # what ends a line elsewhere ends none in JSONL
     lines = [{"chosen": f"\n\nHuman: {text} \n\nAssistant: With a knife.\n\nHuman: thanks", "rejected": ""} for text in said]
     with gzip.open(source / "test.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in (*lines, lines[0]))
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in (*lines, lines[0]))
     published.hh_prompts(source, target)
     rows = pq.read_table(target / "hh-prompts.parquet").to_pylist()
     assert sorted(row["text"] for row in rows) == sorted(said) and {row["label"] for row in rows} == {None}
