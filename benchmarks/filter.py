@@ -368,7 +368,7 @@ def main() -> None:
     if "ours" not in options.sides and (options.scaling or options.offsets or options.documents):
         parser.error("--scaling, --offsets and --documents measure ours: name it among --sides")
     sys.path.insert(0, str(REPOSITORY))
-    from safety.sources import named
+    from safety.collection import named
 
     pythons = {name: Path(sys.executable) if name == "ours" else environment(PEERS[name]) for name in options.sides}
     rng = random.Random(0)

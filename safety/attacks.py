@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mmgpt.errors import UserError
-from safety import obfuscate, sources
+from safety import collection, obfuscate, sources
 
 TEMPLATES = Path(__file__).parent / "data" / "redteam.yaml"
 OWN = "own"
@@ -67,7 +67,7 @@ class Material:
 
     def rows(self, name: str) -> list[sources.Row]:
         """The prompts of a named collection that are labelled sensitive."""
-        return [] if self.own else [row for row in sources.named(name) if row.label]
+        return [] if self.own else [row for row in collection.named(name) if row.label]
 
     def requests(self) -> list[tuple[str, str]]:
         """Plain requests that no weights were trained on, with their source."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mmgpt.errors import UserError
-from safety import attacks, sources
+from safety import attacks, collection, sources
 from safety.sources import Row
 from safety.taxonomy import KEYS
 
@@ -30,7 +30,7 @@ This project's documents are few, and unlike each other."""
 
 @dataclass
 class Collection:
-    """A data set by name, or one split of it (NAME:SPLIT), and how much of it is taken; see `sources.take`."""
+    """A data set by name, or one split of it (NAME:SPLIT), and how much of it is taken; see `collection.take`."""
 
     name: str
     cap: int | None = None
@@ -81,8 +81,8 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
 
     def fetched(name: str) -> list[Row]:
         try:
-            return sources.named(name)
-        except sources.HubOnlyError as error:
+            return collection.named(name)
+        except collection.HubOnlyError as error:
             print(f"data: {name} is left out: {error}", file=sys.stderr, flush=True)
             missing.append(name)
             return []
@@ -96,7 +96,7 @@ def build(data: Data, seed: int, draws: int = 1) -> Split:
             if unknown or not entry.sources:
                 raise UserError(f"{entry.name} has no source {', '.join(sorted(unknown)) or '[]'}; there are {_listed(rows)}")
             rows = [row for row in rows if row.source in entry.sources]
-        taken = sources.take(rows, entry.cap, entry.per_source, seed)
+        taken = collection.take(rows, entry.cap, entry.per_source, seed)
         named += [dataclasses.replace(row, weight=entry.weight) for row in taken]
     named += sources.documents(Path(data.documents) if data.documents else None)
     tests = [row for name in data.tests for row in fetched(name)]

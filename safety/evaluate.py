@@ -223,10 +223,10 @@ def measured(name: str, label: np.ndarray, score: np.ndarray, thresholds: dict[s
 
 def read(name: str) -> list[Row]:
     """Rows of a JSONL file or of a named data set."""
-    from safety import sources
+    from safety import collection, sources
 
     path = Path(name)
-    return sources.read_jsonl(path) if path.suffix in (".jsonl", ".json") or path.exists() else sources.named(name)
+    return sources.read_jsonl(path) if path.suffix in (".jsonl", ".json") or path.exists() else collection.named(name)
 
 
 def obfuscations(limit: int, seed: int) -> list[tuple[str, ...]]:

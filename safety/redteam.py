@@ -247,9 +247,9 @@ def add_misses(path: Path, outcomes: Sequence[Outcome]) -> tuple[int, int]:
         UserError: the file cannot be read or written.
     """
     from mmgpt.errors import UserError
-    from safety.sources import _lines
+    from safety.sources import read_lines
 
-    known = {value.get("text") for _, value in _lines(path)} if path.exists() else set()
+    known = {value.get("text") for _, value in read_lines(path)} if path.exists() else set()
     through = [outcome for outcome in outcomes if outcome.through]
     new = [o for o in through if not o.attack.held_out and o.attack.text not in known]
     rows = [{"text": o.attack.text, "label": None, "family": o.attack.family, "source": o.attack.source} for o in new]

@@ -9,7 +9,7 @@ import pytest
 from tiny_training import config
 
 from mmgpt.errors import UserError
-from safety import attacks, dataset, sources
+from safety import attacks, collection, dataset, sources
 from safety.sources import Row
 
 
@@ -17,7 +17,7 @@ def test_rows_of_a_test_set_are_removed_and_counted(tmp_path: Path, monkeypatch:
     settings = config(tmp_path)
     test = Row(sources.read_jsonl(Path(settings.data.own[0]))[1].text, 1, None, "test")
     settings.data.tests = ["some-test"]
-    monkeypatch.setattr(sources, "named", lambda name: [test])
+    monkeypatch.setattr(collection, "named", lambda name: [test])
     split = dataset.build(settings.data, settings.seed)
     assert sum(split.counts["overlaps"].values()) >= 1
     [train] = split.draws
@@ -28,7 +28,7 @@ def test_rows_of_a_test_set_are_removed_and_counted(tmp_path: Path, monkeypatch:
 def test_a_part_of_a_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(tmp_path)
     listed = [Row(f"read {kind} {n}", 0, (), kind) for n in range(30) for kind in ("prose", "code", "letters")]
-    monkeypatch.setattr(sources, "named", lambda name: listed)
+    monkeypatch.setattr(collection, "named", lambda name: listed)
 
     def found(*parts: dataset.Collection) -> dict[str, int]:
         counts = dataset.build(dataclasses.replace(settings.data, collections=list(parts)), settings.seed).counts
@@ -53,12 +53,12 @@ def test_what_only_the_hub_has_is_left_out_where_it_cannot_be_had(
 
     def named(name: str) -> list[Row]:
         if name.startswith("far"):
-            raise sources.HubOnlyError("the hub cannot be reached")
+            raise collection.HubOnlyError("the hub cannot be reached")
         if name == "wrong":
             raise UserError("wrong has no split")
         return [Row(f"{name} {n}", 0, (), name) for n in range(30)]
 
-    monkeypatch.setattr(sources, "named", named)
+    monkeypatch.setattr(collection, "named", named)
     settings.data.tests = ["near:test", "far:test"]
     settings.data.collections = [dataset.Collection("far:train"), dataset.Collection("near:train")]
     counts = dataset.build(settings.data, settings.seed).counts
@@ -94,7 +94,7 @@ def test_draws_differ_and_hold_nothing_that_is_held_out_or_in_the_tests(tmp_path
     requests.write_text(f"framings: {forms}\nharmless: {{do: [{acts}], topic: [{same}]}}\nsensitive: {sensitive}\n")
     test = Row("the way number 8 to bake 39 loaves", 0, (), "test")
     settings.data.tests = ["some-test"]
-    monkeypatch.setattr(sources, "named", lambda name: [test])
+    monkeypatch.setattr(collection, "named", lambda name: [test])
     monkeypatch.setattr(sources, "overlaps", lambda rows, tests: [row.text.lower() == test.text for row in rows])
     seed = 1  # 0 would make the same first draws by any rule
     split, fewer = (dataset.build(settings.data, seed, draws) for draws in (3, 2))

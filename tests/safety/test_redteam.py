@@ -20,7 +20,7 @@ from demo.ask import Asker
 from demo.guard import Answer
 from mmgpt.errors import UserError, run_cli
 from safety import attacks as module
-from safety import redteam, sources
+from safety import collection, redteam, sources
 from safety.attacks import FAMILIES, OWN, TEMPLATES, Attack, attacks, load
 from safety.card import MARK
 from safety.filter import Filter
@@ -37,7 +37,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def collections(monkeypatch: pytest.MonkeyPatch, found: dict[str, list[sources.Row]]) -> None:
-    monkeypatch.setattr(sources, "named", lambda name: found.get(name, []))
+    monkeypatch.setattr(collection, "named", lambda name: found.get(name, []))
 
 
 # Attacks
