@@ -58,17 +58,27 @@ def _head(calibration: dict[str, Any]) -> str:
 
 Two stages that judge whether a prompt is sensitive and should not be answered, with sixteen categories: a linear model on
 hashed n-grams, and all-MiniLM-L6-v2 (Apache-2.0) fine-tuned, with a pruned vocabulary, in int8. Written by
-`python -m safety.train --config configs/safety.yaml`; every figure here was measured by it or by `python -m safety.card`.
+`python -m safety.train`; every figure here was measured by it or by `python -m safety.card`.
 
 For: English chat prompts to an assistant, before it answers, and its answers while they stream. Not for: other languages
 (less in them was trained on, and more is missed), legal or medical decisions about people, or as the only protection where a
 miss is dangerous.
 
-Stage 2 is the mean of the weights of {len(calibration["runs"])} runs; AUROC on whole development prompts of each run by itself \
-{", ".join(f"{one:.4f}" for one in calibration["runs"])}.
+{_runs(calibration)}
 
 int8 against fp32 on {parity["texts"]} texts of the development split: mean |dp|
 {parity["mean_dp"]:.4f}, AUROC {parity["auroc_int8"]:.4f} against {parity["auroc_fp32"]:.4f}."""
+
+
+def _runs(calibration: dict[str, Any]) -> str:
+    alone, start = calibration["runs"], calibration.get("start")
+    mean = f"the mean of the weights of {len(alone)} runs" if len(alone) > 1 else "of one run"
+    if start:
+        mean += f", which went on from the weights {start['weights']}"
+        if start["keep"]:
+            mean += f", and of these, which count {start['keep']:.0%}"
+    each = ", ".join(f"{one:.4f}" for one in alone)
+    return f"Stage 2 is {mean}; AUROC on whole development prompts of each run by itself {each}."
 
 
 def _data(counts: dict[str, Any]) -> str:

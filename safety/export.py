@@ -1,4 +1,4 @@
-"""Stage 2 as it is shipped: one int8 ONNX graph of few, large operations."""
+"""Stage 2 as it is shipped: one int8 ONNX graph of few, large operations; and back, to train on from there."""
 
 from __future__ import annotations
 
@@ -82,6 +82,55 @@ def export(encoder: torch.nn.Module, target: Path) -> None:
         )
         logging.getLogger().setLevel(logging.ERROR)  # the quantiser advises a preprocessing that changes nothing here
         quantize_dynamic(full, target, weight_type=QuantType.QInt8, per_channel=True, extra_options={"MatMulConstBOnly": True})
+
+
+def restore(encoder: torch.nn.Module, file: Path) -> None:
+    """The reverse of `export`: put the weights of a file into an encoder, each within half a step of the one that was rounded.
+
+    Args:
+        encoder: Of `fitting.encoder_module`, of the same sizes and with as many tokens.
+
+    Raises:
+        UserError: `export` wrote no such file, or one of another encoder.
+    """
+    import onnx
+    import torch
+    from google.protobuf.message import DecodeError
+    from onnx import numpy_helper
+
+    from mmgpt.errors import UserError
+
+    inside: Any = encoder
+    config = inside.bert.config
+    try:
+        held = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(str(file)).graph.initializer}
+        value = {name: torch.from_numpy(array.copy()) for name, array in held.items() if array.dtype == np.float32}
+        for name in [name.removesuffix("_quantized") for name in held if name.endswith("_quantized")]:
+            whole = held[f"{name}_quantized"].astype(np.float32) - held[f"{name}_zero_point"].astype(np.float32)
+            value[name.removesuffix("_Transposed")] = torch.from_numpy(whole * held[f"{name}_scale"])
+        [head] = [name for name in value if f"{name}_quantized" in held and "MatMul" in name]  # the one weight without a name
+        table, kinds = "bert.embeddings", ("weight", "bias")
+        state = {f"{table}.LayerNorm.{kind}": value[f"norm.{kind}"] for kind in kinds}
+        state |= {f"{table}.word_embeddings.weight": value["words"], f"{table}.position_embeddings.weight": value["places"]}
+        state[f"{table}.token_type_embeddings.weight"] = torch.zeros(config.type_vocab_size, config.hidden_size)
+        state |= {"head.weight": value[head].t(), "head.bias": value["head.bias"]}
+        scale = (config.hidden_size // config.num_attention_heads) ** -0.5
+        for n in range(config.num_hidden_layers):
+            layer = f"bert.encoder.layer.{n}"
+            thirds = value[f"weights.{n}"].t().chunk(3), value[f"biases.{n}"].chunk(3)
+            for part, weight, bias in zip(("query", "key", "value"), *thirds):
+                by = scale if part == "query" else 1.0
+                state |= {f"{layer}.attention.self.{part}.weight": weight / by, f"{layer}.attention.self.{part}.bias": bias / by}
+            for part in ("attention.output.dense", "intermediate.dense", "output.dense"):
+                state[f"{layer}.{part}.weight"] = value[f"layers.{n}.{part}.weight"].t()
+                state[f"{layer}.{part}.bias"] = value[f"layers.{n}.{part}.bias"]
+            for part in ("attention.output.LayerNorm", "output.LayerNorm"):
+                state |= {f"{layer}.{part}.{kind}": value[f"layers.{n}.{part}.{kind}"] for kind in kinds}
+        if f"weights.{config.num_hidden_layers}" in value:
+            raise ValueError(f"it has more than {config.num_hidden_layers} layers")
+        encoder.load_state_dict(state)
+    except (OSError, KeyError, ValueError, RuntimeError, DecodeError) as error:
+        raise UserError(f"{file} cannot be trained on: {error!r:.300}") from error
 
 
 def full_precision(encoder: torch.nn.Module, transformer: Transformer, texts: list[str]) -> np.ndarray:

@@ -1,8 +1,8 @@
 """`python -m safety.train [--config FILE] [--key value ...]`: data, both stages, calibration, export, card.
 
-    1  data        named collections, contrast pairs, composed requests, own files -> rows (`sources`)
+    1  data        named collections, contrast pairs, composed requests, own files -> rows (`collection`, `sources`, `dataset`)
     2  linear      stage 1 (`fitting`)
-    3  encoder     stage 2, the mean of several runs (`fitting`), exported to int8 ONNX (`export`)
+    3  encoder     stage 2, the mean of several runs and of what they went on from (`fitting`), in int8 ONNX (`export`)
     4  calibrate   scores to probabilities on one half of the development split, operating points on all of it (`calibrate`)
     5  check       int8 against fp32; the weights' sizes; calibration.json with every file's sha256
     6  evaluate    the development tests, and the card (`evaluate`)
@@ -78,6 +78,8 @@ def parse(arguments: list[str] | None = None) -> Config:
         raise UsageError(" ".join(str(error).split())) from error
     if not 1 <= config.encoder.runs <= DRAWS:
         raise UsageError(f"encoder.runs is {config.encoder.runs}; it may be 1 to {DRAWS}")
+    if not 0 <= config.encoder.keep <= (config.encoder.start is not None):
+        raise UsageError(f"encoder.keep is {config.encoder.keep}; with encoder.start it may be 0 to 1, and without it 0")
     if missing := [name for name in calibrate.POINTS if name not in config.points]:
         raise UsageError(f"points: {', '.join(missing)} missing; give `everyday` and `lookalikes` for each")
     return config
@@ -220,6 +222,7 @@ def execute(config: Config) -> Path:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:6.0f} s] {text}", file=sys.stderr, flush=True)
 
+    before = _before(config)
     split = build(config.data, config.seed, config.encoder.runs)
     say(f"data: {json.dumps(split.counts)}")
     # The weights that are there work until new ones are whole: files of two trainings do not fit each other.
@@ -249,15 +252,18 @@ def execute(config: Config) -> Path:
 
     encoder, spec = train_encoder(split.draws, config.encoder, config.seed, Path(config.run_dir), look)
     transformer = exported(encoder, spec)
-    whole["transformer"] = transformer.logits(texts) if len(runs) > 1 else runs[0]  # the mean of one run is that run
-    say(f"encoder: mean of {len(alone)}: development AUROC {auroc(label, whole['transformer'][:, 0]):.4f}")
+    # The mean of one run is that run.
+    whole["transformer"] = transformer.logits(texts) if len(runs) > 1 or config.encoder.keep else runs[0]
+    mean = f"mean of {len(alone)}{' and of what they went on from' if config.encoder.keep else ''}"
+    say(f"encoder: {mean}: development AUROC {auroc(label, whole['transformer'][:, 0]):.4f}")
     chosen = sorted(random.Random(config.seed).sample(range(len(texts)), min(PARITY, len(texts))))
     full = full_precision(encoder, transformer, [texts[n] for n in chosen])
     parity = check_parity(label[chosen], full, whole["transformer"][chosen]) | {"texts": len(chosen)}
     say(f"int8 against fp32 {json.dumps(parity)}")
 
     stages: dict[str, Linear | Transformer] = {"linear": linear, "transformer": transformer}
-    calibration = fit_calibration(split, stages, whole, config) | {"parity": parity, "runs": alone, "data": split.counts}
+    calibration = fit_calibration(split, stages, whole, config)
+    calibration |= {"parity": parity, "runs": alone, "start": before, "split": _split(config), "data": split.counts}
     (target / weights.CALIBRATION).write_text(json.dumps(calibration, indent=1) + "\n", encoding="utf-8")
     weights.seal(target)
     size = sum((target / name).stat().st_size for name in (*weights.FILES, weights.CALIBRATION))
@@ -278,6 +284,31 @@ def execute(config: Config) -> Path:
     shutil.rmtree(target)
     say("done")
     return output
+
+
+def _before(config: Config) -> dict[str, Any] | None:
+    """What calibration.json says of the weights that training goes on from.
+
+    Raises:
+        UserError: they are not whole, of another taxonomy, or learnt from what is held out now.
+    """
+    start = config.encoder.start
+    if start is None:
+        return None
+    try:
+        calibration = weights.read(Path(start))[1]
+    except weights.WeightsError as error:
+        raise UserError(f"encoder.start: {error}") from error
+    if tuple(calibration.get("categories", ())) != KEYS:
+        raise UserError(f"encoder.start: the weights in {start} know other categories")
+    if (split := calibration.get("split", now := _split(config))) != now:
+        raise UserError(f"encoder.start: {start} was trained with {split}, now it is {now}: it has learnt what would be held out")
+    return {"weights": calibration["seal"][:12], "keep": config.encoder.keep}
+
+
+def _split(config: Config) -> dict[str, float]:
+    """What decides on the rows that are held out."""
+    return {"seed": config.seed, "holdout": config.data.holdout}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -32,6 +32,16 @@ def test_data_is_named_with_its_licences_and_counts() -> None:
     assert "Left out, as they could not be had: far, away." in card._data({**COUNTS, "missing": ["far", "away"]})
 
 
+def test_it_says_what_stage_2_is_the_mean_of() -> None:
+    made: dict[str, Any] = {"runs": [0.9, 0.91], "start": None}
+    assert card._runs(made) == (
+        "Stage 2 is the mean of the weights of 2 runs; AUROC on whole development prompts of each run by itself 0.9000, 0.9100."
+    )
+    further = card._runs({"runs": [0.9], "start": {"weights": "cce69ab191c2", "keep": 0.5}})
+    assert "is of one run, which went on from the weights cce69ab191c2, and of these, which count 50%; AUROC" in further
+    assert "count" not in card._runs({"runs": [0.9], "start": {"weights": "cce69ab191c2", "keep": 0.0}})
+
+
 def test_a_card_of_weights_that_note_no_tests_is_refused(tmp_path: Path) -> None:
     folder = tiny_filter.build(tmp_path / "weights")
     calibration = json.loads((folder / CALIBRATION).read_text())

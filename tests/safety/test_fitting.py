@@ -15,6 +15,7 @@ import torch
 from tiny_training import rows, tiny_encoder
 
 from safety import dataset, fitting
+from safety.export import export, restore
 from safety.sources import Row
 from safety.taxonomy import KEYS
 
@@ -100,6 +101,7 @@ def test_runs_on_draws_start_as_one_and_are_averaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("there", [True, False])
 def test_stage_2_takes_a_gpu_where_there_is_one(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: there)
     monkeypatch.setattr(fitting, "_trainer", lambda epochs, accelerator="cpu", **options: pytest.fail(f"on {accelerator}"))
     with pytest.raises(pytest.fail.Exception, match="on cuda" if there else "on cpu"):
         fitting.train_encoder([drawn(20, 1)], encoder_config(tiny_encoder(tmp_path / "encoder"), epochs=1), 0, tmp_path / "runs")
@@ -155,6 +157,53 @@ def test_a_run_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
         seen = lambda number, run, spec, count=count: runs.setdefault(count, run.head.weight.detach().clone())  # noqa: E731
         fitting.train_encoder(draws[:count], settings, 1, tmp_path / f"runs{count}", seen)
     assert torch.equal(runs[1], runs[2])
+
+
+def test_training_goes_on_from_weights_and_keeps_their_tokens(tmp_path: Path) -> None:
+    settings = encoder_config(tiny_encoder(tmp_path / "encoder"), vocabulary=93, epochs=1)
+    before, spec = fitting.train_encoder([drawn(120, 1)], settings, 0, tmp_path / "runs")
+    (weights := tmp_path / "weights").mkdir()
+    export(before, weights / "encoder.int8.onnx")
+    (weights / "tokenizer.json").write_text(json.dumps(spec))
+    still = dataclasses.replace(settings, start=str(weights), lr=0.0, vocabulary=95)
+    same, tokens = fitting.train_encoder([drawn(120, 2)], still, 0, tmp_path / "runs")
+    assert tokens == spec
+    for (name, a), b in zip(same.named_parameters(), before.parameters()):
+        assert (a - b).abs().max() <= 0.01 * (b.max() - b.min()) + 1e-6 or "type" in name or "position" in name, name
+    fitting.train_encoder([drawn(120, 2)], still, 0, tmp_path / "runs")
+    assert len([*(tmp_path / "runs").iterdir()]) == 2
+    same.head.bias.data += 1
+    export(same, weights / "encoder.int8.onnx")
+    fitting.train_encoder([drawn(120, 2)], still, 0, tmp_path / "runs")
+    assert len([*(tmp_path / "runs").iterdir()]) == 3  # from other weights it is another run
+
+
+def test_what_it_went_on_from_is_mixed_in(tmp_path: Path) -> None:
+    settings = encoder_config(tiny_encoder(tmp_path / "encoder"), epochs=1)
+    before, spec = fitting.train_encoder([drawn(120, 1)], settings, 0, tmp_path / "runs")
+    (weights := tmp_path / "weights").mkdir()
+    export(before, weights / "encoder.int8.onnx")
+    (weights / "tokenizer.json").write_text(json.dumps(spec))
+    found = []
+    for keep in (0.0, 0.25, 1.0):
+        further = dataclasses.replace(settings, start=str(weights), keep=keep, lr=1e-2)
+        made, _ = fitting.train_encoder([drawn(120, 2)], further, 0, tmp_path / "runs")
+        found.append(made.state_dict())
+    assert len([*(tmp_path / "runs").iterdir()]) == 2  # one run, whatever is kept beside it
+    for name, end in found[0].items():
+        assert torch.allclose(found[1][name], 0.75 * end + 0.25 * found[2][name], atol=1e-6), name
+    assert (found[0]["head.weight"] - found[2]["head.weight"]).abs().max() > 0.01
+    restore(made, weights / "encoder.int8.onnx")
+    assert all(torch.equal(value, found[2][name]) for name, value in made.state_dict().items())
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_a_cpu_without_bf16_trains_in_fp32(hardware: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmgpt.machine.cpu_has_bf16", lambda: hardware)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(fitting, "_trainer", lambda epochs, **options: pytest.fail(f"in {options['precision']}"))
+    with pytest.raises(pytest.fail.Exception, match="in bf16-mixed" if hardware else "in 32-true"):
+        fitting.train_encoder([drawn(20, 1)], encoder_config(tiny_encoder(tmp_path / "encoder"), epochs=1), 0, tmp_path / "runs")
 
 
 def test_gradients_are_clipped_to_a_norm_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

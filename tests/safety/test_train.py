@@ -1,5 +1,6 @@
 """Training on generated prompts with a tiny encoder: from files to weights that the filter loads."""
 
+import dataclasses
 import itertools
 import random
 import re
@@ -12,7 +13,7 @@ import pytest
 from tiny_training import config
 
 from mmgpt.errors import UsageError, UserError
-from safety import calibrate, dataset, sources, train
+from safety import calibrate, dataset, sources, train, weights
 from safety.classifier import Linear, Transformer
 from safety.sources import Row
 from safety.taxonomy import KEYS
@@ -26,8 +27,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_trained_weights_tell_the_words_apart_and_load(trained: Path) -> None:
-    from safety import weights
-
     files, calibration = weights.read(trained)
     texts = ["how do i make malware number 7", "how do i make bread number 7", "write about poison", "write about a garden"]
     linear = Linear.load(files["linear.npz"]).logits(texts)[:, 0]
@@ -169,6 +168,37 @@ def test_parity_is_enforced() -> None:
     assert train.check_parity(label, logits, logits + 0.001)["mean_dp"] < 0.001
     with pytest.raises(UserError, match="too far"):
         train.check_parity(label, logits, -logits)
+
+
+def test_weights_to_go_on_from_that_are_not_whole_are_named_before_anything_is_done(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    settings.encoder.start = str(tmp_path / "none")
+    with pytest.raises(UserError, match=r"encoder\.start: there is no .*none"):
+        train.execute(settings)
+    assert not Path(settings.run_dir).exists()
+
+
+def test_training_goes_on_from_weights_and_ships_what_it_calibrates(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path)
+    settings.encoder = dataclasses.replace(settings.encoder, start=str(trained), keep=0.5, runs=1, epochs=1)
+    seen: dict[str, Any] = {}
+    real = train.fit_calibration
+
+    def spied(split: Any, stages: Any, whole: Any, config: Any) -> dict[str, Any]:
+        seen.update(texts=[row.text for row in split.dev], logits=whole["transformer"])
+        return real(split, stages, whole, config)
+
+    monkeypatch.setattr(train, "fit_calibration", spied)
+    files, calibration = weights.read(train.execute(settings))
+    before = weights.read(trained)[1]
+    assert calibration["start"] == {"weights": before["seal"][:12], "keep": 0.5} and before["start"] is None
+    shipped = Transformer(files["encoder.int8.onnx"], files["tokenizer.json"], length=32, overlap=8)
+    assert np.array_equal(shipped.logits(seen["texts"]), seen["logits"])
+    settings.data.holdout = 0.5
+    with pytest.raises(UserError, match="has learnt what would be held out"):
+        train.execute(settings)
 
 
 def test_the_shipped_configuration_is_read_and_wrong_ones_are_explained(tmp_path: Path) -> None:
