@@ -270,7 +270,9 @@ def train_encoder(
     if config.start is not None:
         shared.update((Path(config.start) / "encoder.int8.onnx").read_bytes())
     encoder = make().eval()
-    mean: dict[str, torch.Tensor] = {}
+    # Wortsman et al. 2022, arXiv 2109.01903: between what it went on from and where it came to it often does better on other
+    # data than at either end.
+    mean = {key: config.keep * value.float() for key, value in encoder.state_dict().items()}
     for number, rows in enumerate(draws):
         name = f"run {number + 1} of {len(draws)}"
         content = _content(shared, rows, number)
@@ -284,14 +286,10 @@ def train_encoder(
             checkpoint.unlink(missing_ok=True)  # of a run that is done nothing is left to go on from
         weights = load_file(file)
         for key, value in weights.items():
-            mean[key] = mean.get(key, 0) + value.float() / len(draws)
+            mean[key] += (1 - config.keep) * value.float() / len(draws)
         if look:
             encoder.load_state_dict(weights)
             look(number, encoder, spec)
-    if config.start is not None:
-        # Wortsman et al. 2022, arXiv 2109.01903: between what it went on from and where it came to it often does better on
-        # other data than at either end.
-        mean = {key: config.keep * value + (1 - config.keep) * mean[key] for key, value in make().state_dict().items()}
     encoder.load_state_dict(mean)
     return encoder, spec
 

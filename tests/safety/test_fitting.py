@@ -31,6 +31,14 @@ def encoder_config(folder: Path, **changes: Any) -> fitting.EncoderConfig:
     return fitting.EncoderConfig(**{**settings, **changes})
 
 
+def exported(encoder: Any, spec: dict[str, Any], folder: Path) -> Path:
+    """What of a folder of weights stage 2 is."""
+    folder.mkdir()
+    export(encoder, folder / "encoder.int8.onnx")
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    return folder
+
+
 def test_a_stopped_run_goes_on_and_ends_where_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lightning as L
 
@@ -162,9 +170,7 @@ def test_a_run_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
 def test_training_goes_on_from_weights_and_keeps_their_tokens(tmp_path: Path) -> None:
     settings = encoder_config(tiny_encoder(tmp_path / "encoder"), vocabulary=93, epochs=1)
     before, spec = fitting.train_encoder([drawn(120, 1)], settings, 0, tmp_path / "runs")
-    (weights := tmp_path / "weights").mkdir()
-    export(before, weights / "encoder.int8.onnx")
-    (weights / "tokenizer.json").write_text(json.dumps(spec))
+    weights = exported(before, spec, tmp_path / "weights")
     still = dataclasses.replace(settings, start=str(weights), lr=0.0, vocabulary=95)
     same, tokens = fitting.train_encoder([drawn(120, 2)], still, 0, tmp_path / "runs")
     assert tokens == spec
@@ -181,9 +187,7 @@ def test_training_goes_on_from_weights_and_keeps_their_tokens(tmp_path: Path) ->
 def test_what_it_went_on_from_is_mixed_in(tmp_path: Path) -> None:
     settings = encoder_config(tiny_encoder(tmp_path / "encoder"), epochs=1)
     before, spec = fitting.train_encoder([drawn(120, 1)], settings, 0, tmp_path / "runs")
-    (weights := tmp_path / "weights").mkdir()
-    export(before, weights / "encoder.int8.onnx")
-    (weights / "tokenizer.json").write_text(json.dumps(spec))
+    weights = exported(before, spec, tmp_path / "weights")
     found = []
     for keep in (0.0, 0.25, 1.0):
         further = dataclasses.replace(settings, start=str(weights), keep=keep, lr=1e-2)
