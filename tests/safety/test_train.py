@@ -211,6 +211,9 @@ def test_the_shipped_configuration_is_read_and_wrong_ones_are_explained(tmp_path
     for runs in ("0", "1001"):
         with pytest.raises(UsageError, match=rf"encoder\.runs is {runs}; it may be 1 to 1000"):
             train.parse(["--config", "configs/safety.yaml", "--encoder.runs", runs])
+    for asked in (["--encoder.keep", "0.5"], ["--encoder.keep", "1.5", "--encoder.start", "safety/weights"]):
+        with pytest.raises(UsageError, match=r"encoder\.keep is [01]\.5; with encoder\.start it may be 0 to 1, and without it 0"):
+            train.parse(["--config", "configs/safety.yaml", *asked])
     empty = tmp_path / "empty.yaml"
     empty.write_text("data: {}\n")
     with pytest.raises(UsageError, match="points"):
