@@ -72,13 +72,13 @@ int8 against fp32 on {parity["texts"]} texts of the development split: mean |dp|
 
 def _runs(calibration: dict[str, Any]) -> str:
     alone, start = calibration["runs"], calibration.get("start")
-    mean = f"the mean of the weights of {len(alone)} runs" if len(alone) > 1 else "of one run"
+    text = f"Stage 2 is the mean of the weights of {len(alone)} runs" if len(alone) > 1 else "Stage 2 is one run"
     if start:
-        mean += f", which went on from the weights {start['weights']}"
+        text += f" that went on from the weights {start['weights']}"
         if start["keep"]:
-            mean += f", and of these, which count {start['keep']:.0%}"
+            text += f", mixed with these, which count {start['keep']:.0%}"
     each = ", ".join(f"{one:.4f}" for one in alone)
-    return f"Stage 2 is {mean}; AUROC on whole development prompts of each run by itself {each}."
+    return f"{text}. AUROC on whole development prompts of each run by itself: {each}."
 
 
 def _data(counts: dict[str, Any]) -> str:

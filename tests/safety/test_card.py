@@ -35,10 +35,10 @@ def test_data_is_named_with_its_licences_and_counts() -> None:
 def test_it_says_what_stage_2_is_the_mean_of() -> None:
     made: dict[str, Any] = {"runs": [0.9, 0.91], "start": None}
     assert card._runs(made) == (
-        "Stage 2 is the mean of the weights of 2 runs; AUROC on whole development prompts of each run by itself 0.9000, 0.9100."
+        "Stage 2 is the mean of the weights of 2 runs. AUROC on whole development prompts of each run by itself: 0.9000, 0.9100."
     )
     further = card._runs({"runs": [0.9], "start": {"weights": "cce69ab191c2", "keep": 0.5}})
-    assert "is of one run, which went on from the weights cce69ab191c2, and of these, which count 50%; AUROC" in further
+    assert "is one run that went on from the weights cce69ab191c2, mixed with these, which count 50%. AUROC" in further
     assert "count" not in card._runs({"runs": [0.9], "start": {"weights": "cce69ab191c2", "keep": 0.0}})
 
 
