@@ -8,6 +8,8 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: each has a core, more threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A loaded machine is no reason to fail, nor an example that the change under test has nothing to do with: the same are tried
 # every time. Others, and more of them, by `pytest --hypothesis-profile=search`.
