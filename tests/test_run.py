@@ -150,6 +150,7 @@ def test_sigterm_saves(
     assert f"stopped after step {at_step + 1}" in capsys.readouterr().err
     assert run_state(tmp_path / "run")["counters"][0] == at_step + 1
     assert train(config, "--run_dir", str(tmp_path / "run"), "--resume", "true") == 0
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before  # a training that ends leaves none
     assert_same_run(tmp_path / "run", uninterrupted)
 
 

@@ -62,7 +62,14 @@ class Checkpointer(L.Callback):
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._note)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Before Lightning gives back what it found itself: afterwards its own handler would stay, which ends nothing.
+        self._give_back_handlers()
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._give_back_handlers()  # of a training that did not come to its end
+
+    def _give_back_handlers(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}

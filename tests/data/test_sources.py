@@ -516,8 +516,6 @@ def test_lazy_images_in_other_processes(tmp_path, method):
     assert _levels(images) == list(range(9))
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.map(_levels, [images[:4], images[4:]]) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
-        pool.close()  # and not only terminated: under pytest-xdist a forked child went on waiting for work, and its parent for it
-        pool.join()
 
 
 def test_a_file_written_anew_is_read_anew(tmp_path):
